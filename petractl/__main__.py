@@ -1,0 +1,5 @@
+"""`python -m petractl` is `petractl`."""
+
+from petractl.cli.app import main
+
+main()

@@ -1,0 +1,135 @@
+"""Checkpoints: a folder of safetensors named by unit, and a manifest with checksums that commits them.
+
+Everything is written to a temporary folder and synced; renaming that folder is the last step, so that a
+checkpoint exists whole or not at all. Loading runs no code: tensors are safetensors, the rest is JSON. Names
+are those of units, never of stages, so that a run can go on with another partition.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from petractl.errors import RunError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint: groups of tensors by name ("model", "optimizer"), and plain values."""
+
+    path: Path
+    epoch: int
+    tensors: Mapping[str, dict[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, *, epoch: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Write `folder/epoch-NNNN` and return it.
+
+    Raises:
+        RunError: the disk refuses; older checkpoints are untouched.
+    """
+    target = folder / f"epoch-{epoch:04d}"
+    temporary = folder / f".writing-{target.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        files = {f"{name}.safetensors": dict(group) for name, group in tensors.items()}
+        for name, group in files.items():
+            save_file({key: value.detach().contiguous() for key, value in group.items()}, temporary / name)
+        sums = {name: _sha256(temporary / name) for name in files}
+        manifest = {"format": FORMAT, "epoch": epoch, "files": sums, "state": dict(state)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        for item in temporary.iterdir():
+            _sync(item)
+        _sync(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"the checkpoint could not be written: {error}",
+            where=str(target),
+            hint="make room or give a folder that can be written; earlier checkpoints are intact",
+        ) from error
+    return target
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest.
+
+    Raises:
+        RunError: a file is missing, damaged or not of this format.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise _damaged(path, f"its format is {manifest['format']}, this version reads {FORMAT}")
+        tensors = {}
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name or _sha256(path / name) != expected:
+                raise _damaged(path, f"{name} is not what the manifest says")
+            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        return Checkpoint(path, int(manifest["epoch"]), tensors, manifest["state"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise _damaged(path, f"it cannot be read ({type(error).__name__}: {error})") from error
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return the committed checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob("epoch-*/" + MANIFEST))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[RunError]]:
+    """Return the newest checkpoint that is whole, and what is wrong with newer ones."""
+    errors: list[RunError] = []
+    for path in reversed(checkpoint_paths(folder)):
+        try:
+            return load_checkpoint(path), errors
+        except RunError as error:
+            errors.append(error)
+    return None, errors
+
+
+def prune_checkpoints(folder: Path, *, keep_last: int, best_epoch: int | None) -> None:
+    """Delete all but the last `keep_last` and the best."""
+    paths = checkpoint_paths(folder)
+    kept = {path.name for path in paths[-keep_last:]} | {f"epoch-{best_epoch or 0:04d}"}
+    for path in paths:
+        if path.name not in kept:
+            # Without its manifest a folder is no checkpoint: an interrupted deletion leaves no half one
+            # behind.
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _damaged(path: Path, what: str) -> RunError:
+    return RunError(what, where=str(path), hint="an earlier checkpoint is used where there is one")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""The in-process engine: every stage in one process, on one device, driven by the schedule.
+
+The driver sweeps over the stages and lets each one run its next operation if the message for it is there. The
+order of the sweep changes nothing in the result: a stage's state is a function of its own list and of its
+messages.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from petractl.engine.messages import Activation, Gradient
+from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
+from petractl.engine.stage import Stage
+from petractl.engine.transport import Mailbox
+
+MicrobatchSource = Iterator[tuple[Tensor, Tensor]]
+"""Images (n, c, h, w) and labels (n,), one microbatch after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """A stage with its mailboxes: activations from below, gradients from above, and its way to send both."""
+
+    stage: Stage
+    activations: Mailbox[Activation]
+    gradients: Mailbox[Gradient]
+
+
+class InProcessPipeline:
+    """Runs epochs of microbatches through the stages and drains at the end of each."""
+
+    def __init__(self, stages: Sequence[Stage], *, lookahead: Sequence[int], accumulation: int) -> None:
+        assert len(stages) == len(lookahead)
+        self.stages = tuple(stages)
+        self.lookahead = tuple(lookahead)
+        self.accumulation = accumulation
+        self._seats = [_Seat(stage, Mailbox(), Mailbox()) for stage in stages]
+
+    def train(
+        self,
+        source: MicrobatchSource,
+        *,
+        num_microbatches: int,
+        offset: int = 0,
+        on_microbatch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train on the next `num_microbatches`; every one gets its backward before this returns.
+
+        `offset` is the number of microbatches trained on before. `on_microbatch(i)` is called after the last
+        stage's backward of microbatch i.
+        """
+        for stage in self.stages:
+            stage.offset = offset
+        pending = [
+            _Pending(
+                stage_operations(
+                    lookahead=w,
+                    num_microbatches=num_microbatches,
+                    accumulation=self.accumulation,
+                    is_last=j == len(self.stages) - 1,
+                )
+            )
+            for j, w in enumerate(self.lookahead)
+        ]
+        while any(p.operation is not None for p in pending):
+            moved = False
+            for j, p in enumerate(pending):
+                if p.operation is not None and self._ready(j, p.operation):
+                    self._execute(j, p.operation, source, num_microbatches)
+                    if p.operation.kind is Kind.FORWARD_BACKWARD and on_microbatch is not None:
+                        on_microbatch(p.operation.microbatch)
+                    p.advance()
+                    moved = True
+            assert moved, f"no stage can go on: {[str(p.operation) for p in pending]}"
+        assert all(stage.microbatches_in_flight() == 0 for stage in self.stages)
+
+    def _ready(self, j: int, operation: Operation) -> bool:
+        if operation.kind is Kind.UPDATE:
+            return True
+        if operation.kind is Kind.BACKWARD:
+            return self._seats[j].gradients.ready()
+        return j == 0 or self._seats[j].activations.ready()
+
+    def _execute(self, j: int, operation: Operation, source: MicrobatchSource, total: int) -> None:
+        stage, i = self._seats[j].stage, operation.microbatch
+        size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
+        if operation.kind is Kind.UPDATE:
+            stage.update(partial=size < self.accumulation)
+        elif operation.kind is Kind.BACKWARD:
+            self._send_down(j, stage.backward(self._seats[j].gradients.receive(i), group_size=size))
+        else:
+            message = self._take_activation(j, i, source)
+            if operation.kind is Kind.FORWARD:
+                self._seats[j + 1].activations.send(stage.forward(message))
+            else:
+                self._send_down(j, stage.forward_backward(message, group_size=size))
+
+    def _take_activation(self, j: int, i: int, source: MicrobatchSource) -> Activation:
+        if j > 0:
+            return self._seats[j].activations.receive(i)
+        images, labels = next(source)
+        return Activation(i, (images,), labels)
+
+    def _send_down(self, j: int, message: Gradient) -> None:
+        if j > 0:
+            self._seats[j - 1].gradients.send(message)
+
+
+class _Pending:
+    """A stage's list with the operation that comes next, None at the end."""
+
+    def __init__(self, operations: Iterator[Operation]) -> None:
+        self._operations = operations
+        self.operation = next(operations, None)
+
+    def advance(self) -> None:
+        self.operation = next(self._operations, None)

@@ -1,0 +1,134 @@
+"""The schedule: for every stage, the ordered list of its operations. Pure, no torch.
+
+A stage executes its list in order and blocks only on the message it needs, so the result of a run is a
+function of these lists and the data, whatever the speed of the machines. Stage j runs W_j forwards ahead,
+then alternates one forward and one backward, and updates after every k-th backward. W is the *lookahead*; the
+number of updates between a stage's forward and backward of one microbatch, its *staleness*, is the floor or
+the ceiling of W_j / k.
+
+J stages, j = 0 ... J-1; M microbatches, i = 0 ... M-1; k = accumulation.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+
+class Kind(StrEnum):
+    """What an operation does."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    FORWARD_BACKWARD = "FB"
+    """The last stage's forward, loss and backward of one microbatch: one operation."""
+    UPDATE = "U"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of one stage; `microbatch` is the last one of the group for an update."""
+
+    kind: Kind
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.microbatch}"
+
+
+def lookaheads(schedule: str | Sequence[int], *, num_stages: int, slack: int = 0) -> tuple[int, ...]:
+    """Return W, the number of forwards that each stage runs ahead of its backwards.
+
+    `sequential`: 0 everywhere, the locked methods. `tight`: J-1-j, the least that keeps equal stages busy.
+    `paper`: 2(J-1-j), the delays of PETRA's clock. `slack` adds min(slack, J-1-j) to `tight`. A list gives W
+    itself.
+
+    Raises:
+        ValueError: an unknown name, a negative slack, or a list that is not a valid W.
+    """
+    if slack < 0:
+        raise ValueError(f"slack = {slack} must be at least 0")
+    if not isinstance(schedule, str):
+        return _checked(tuple(schedule), num_stages=num_stages)
+    above = range(num_stages - 1, -1, -1)
+    if schedule == "sequential":
+        return (0,) * num_stages
+    if schedule == "tight":
+        return tuple(d + min(slack, d) for d in above)
+    if schedule == "paper":
+        return tuple(2 * d for d in above)
+    raise ValueError(f'unknown schedule "{schedule}" (known: tight, paper, sequential, or a list)')
+
+
+def _checked(lookahead: tuple[int, ...], *, num_stages: int) -> tuple[int, ...]:
+    if len(lookahead) != num_stages:
+        raise ValueError(f"the list has {len(lookahead)} entries for {num_stages} stages: give one per stage")
+    if any(w < 0 for w in lookahead):
+        raise ValueError(f"{list(lookahead)} has a negative entry")
+    if any(a < b for a, b in pairwise(lookahead)):
+        raise ValueError(f"{list(lookahead)} must not increase from one stage to the next: it would deadlock")
+    if lookahead[-1] != 0:
+        raise ValueError(f"{list(lookahead)} must end with 0: the last stage cannot run ahead")
+    return lookahead
+
+
+def group_size(microbatch: int, *, num_microbatches: int, accumulation: int) -> int:
+    """Return how many microbatches share this one's update; the last group of an epoch may be smaller."""
+    start = microbatch - microbatch % accumulation
+    return min(accumulation, num_microbatches - start)
+
+
+def num_updates(*, num_microbatches: int, accumulation: int) -> int:
+    """Return the updates that every stage makes in an epoch, a partial last group included."""
+    return -(-num_microbatches // accumulation)
+
+
+def stage_operations(
+    *, lookahead: int, num_microbatches: int, accumulation: int, is_last: bool
+) -> Iterator[Operation]:
+    """Yield one stage's operations for an epoch: it starts empty and ends drained.
+
+    Raises:
+        ValueError: a negative number of microbatches, or an accumulation under 1.
+    """
+    if num_microbatches < 0 or accumulation < 1:
+        raise ValueError(f"num_microbatches = {num_microbatches}, accumulation = {accumulation}")
+    ahead = min(lookahead, num_microbatches)
+    yield from (Operation(Kind.FORWARD, i) for i in range(ahead))
+    for i in range(num_microbatches):
+        if is_last:
+            yield Operation(Kind.FORWARD_BACKWARD, i)
+        else:
+            if i + lookahead < num_microbatches:
+                yield Operation(Kind.FORWARD, i + lookahead)
+            yield Operation(Kind.BACKWARD, i)
+        if (i + 1) % accumulation == 0 or i + 1 == num_microbatches:
+            yield Operation(Kind.UPDATE, i)
+
+
+def operations(
+    *, lookahead: Sequence[int], num_microbatches: int, accumulation: int
+) -> tuple[tuple[Operation, ...], ...]:
+    """Return every stage's list of operations for an epoch of `num_microbatches`."""
+    last = len(lookahead) - 1
+    return tuple(
+        tuple(
+            stage_operations(
+                lookahead=w,
+                num_microbatches=num_microbatches,
+                accumulation=accumulation,
+                is_last=j == last,
+            )
+        )
+        for j, w in enumerate(lookahead)
+    )
+
+
+def updates_seen_by_forward(microbatch: int, *, lookahead: int, accumulation: int) -> int:
+    """Return how many of the epoch's updates a stage has made when it runs this forward."""
+    return max(0, microbatch - lookahead) // accumulation
+
+
+def updates_seen_by_backward(microbatch: int, *, accumulation: int) -> int:
+    """Return how many of the epoch's updates a stage has made when it runs this backward."""
+    return microbatch // accumulation

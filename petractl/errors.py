@@ -1,0 +1,54 @@
+"""What a user can do wrong, and how it is told.
+
+Every error names what is wrong, where, and what to do about it. The command line turns a `UserError` into
+exit code 2 and a `RunError` into exit code 1; anything else is a bug of ours and keeps its traceback.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a recipe: the key (``section.key``), what is wrong, and the remedy."""
+
+    key: str
+    what: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.key}: {self.what}" if self.key else self.what
+        return f"{head}\n  hint: {self.hint}" if self.hint else head
+
+
+class _ExplainedError(Exception):
+    """An error with its place and its remedy."""
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.hint = hint
+        head = f"{where}: {what}" if where else what
+        super().__init__(f"{head}\nhint: {hint}" if hint else head)
+
+
+class UserError(_ExplainedError):
+    """The user's input is wrong (exit code 2)."""
+
+
+class DataError(UserError):
+    """The data a recipe names are missing or not what the recipe says (exit code 2)."""
+
+
+class RunError(_ExplainedError):
+    """The run failed although its input was right (exit code 1)."""
+
+
+class RecipeError(UserError):
+    """A recipe with one or more problems, all of them reported together (exit code 2)."""
+
+    def __init__(self, problems: Sequence[Problem], *, where: str = "") -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        title = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__("\n".join([f"{title} in the recipe", *map(str, self.problems)]), where=where)

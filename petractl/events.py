@@ -1,0 +1,274 @@
+"""The typed events of a run, and the bus that delivers them.
+
+Everything that watches a run (console, journal, MLflow, plots) must neither slow it nor stop it, and must
+not be known to the engine. So the engine emits small frozen values on a bus; a listener that raises is
+warned about once, detached and closed, and the run goes on. `as_record` gives the journal's flat form of an
+event: `event`, `time`, `epoch`, `update` and `stage` (null where they have no meaning), then the event's
+own fields.
+
+Units throughout: times in seconds, accuracies in percent, losses in nats per sample, sizes in bytes; epochs
+count from 1, stages from 0, and `update` is the number of updates that the last stage has made since the
+run began.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Protocol
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run; `name` is what the journal calls it."""
+
+    name: ClassVar[str] = "event"
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """A run, or the rest of a resumed one, begins."""
+
+    name: ClassVar[str] = "run_started"
+    run_dir: str
+    recipe_name: str
+    method: str
+    model: str
+    dataset: str
+    resumed_from_epoch: int | None = None  # the last epoch that the checkpoint holds; None: not resumed
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage of the plan: what is in it, what it costs, what it keeps."""
+
+    index: int
+    units: str  # names, e.g. "stem, block1"
+    num_units: int
+    parameters: int
+    flops: float  # of one forward pass, per sample
+    keeps: str  # what it keeps between forward and backward, e.g. "nothing" or "inputs of 1 unit"
+    lookahead: int  # W: forwards ahead of the backward, in microbatches
+    staleness_updates: float  # W / k: updates between the forward and the backward of one microbatch
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade(Event):
+    """What will be done, known before the first step."""
+
+    name: ClassVar[str] = "plan_made"
+    stages: tuple[StagePlan, ...]
+    microbatch_size: int  # samples
+    accumulation: int  # k: microbatches per update
+    samples_per_update: int
+    steps_per_epoch: int  # microbatches
+    updates_per_epoch: int
+    epochs: int
+    train_samples: int
+    val_samples: int
+    parameters: int
+    schedule: str
+    method: str
+    precision: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStarted(Event):
+    """The first microbatch of an epoch is about to enter."""
+
+    name: ClassVar[str] = "epoch_started"
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDone(Event):
+    """Progress within an epoch; at most about two a second."""
+
+    name: ClassVar[str] = "steps_done"
+    epoch: int
+    microbatches: int  # through the last stage in this epoch so far
+    of: int  # microbatches in this epoch
+    loss: float  # training loss, mean over the epoch so far
+    top1: float  # training accuracy over the epoch so far, percent
+    images_per_s: float
+    lr: float  # of the last stage
+    update: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochTrained(Event):
+    """All microbatches of an epoch have had their backward on every stage."""
+
+    name: ClassVar[str] = "epoch_trained"
+    epoch: int
+    loss: float  # training loss, mean over the epoch
+    top1: float  # training accuracy over the epoch, percent
+    samples: int
+    images_per_s: float
+    seconds: float  # training only, without evaluation
+    lr: float  # of the last stage, at the end of the epoch
+    update: int
+    data_wait_percent: float | None = None  # share of the seconds spent waiting for data
+    gradient_norm: float | None = None  # Euclidean, over all stages, of the last update
+
+
+@dataclass(frozen=True, slots=True)
+class StageCounted(Event):
+    """What one stage did in one epoch: the proof that nothing was dropped."""
+
+    name: ClassVar[str] = "stage_counted"
+    epoch: int
+    stage: int
+    microbatches: int  # that entered the stage
+    forwards: int
+    backwards: int
+    updates: int
+    partial_groups: int  # updates made from fewer than k microbatches
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """The model was evaluated on every sample of a split."""
+
+    name: ClassVar[str] = "evaluated"
+    epoch: int
+    loss: float
+    top1: float  # percent
+    top5: float  # percent
+    samples: int
+    seconds: float
+    split: str = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved(Event):
+    """A checkpoint lies on disk, complete."""
+
+    name: ClassVar[str] = "checkpoint_saved"
+    epoch: int
+    path: str
+    best: bool  # the best top-1 so far
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WarningRaised(Event):
+    """Something the user should know that does not stop the run."""
+
+    name: ClassVar[str] = "warning_raised"
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    """The last epoch is done. Accuracies and losses are the evaluation's; None where there was none."""
+
+    name: ClassVar[str] = "run_finished"
+    epochs: int
+    seconds: float
+    best_top1: float | None  # percent
+    best_epoch: int | None
+    final_loss: float | None
+    final_top1: float | None  # percent
+    final_top5: float | None  # percent
+    images_per_s: float  # training, mean over the run
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunInterrupted(Event):
+    """The run was told to stop, and saved what it needs to go on."""
+
+    name: ClassVar[str] = "run_interrupted"
+    epoch: int
+    resume_command: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailed(Event):
+    """The run ended by an error."""
+
+    name: ClassVar[str] = "run_failed"
+    message: str
+
+
+def as_record(event: Event, *, time: float) -> dict[str, object]:
+    """Return the journal's flat object for an event.
+
+    `time` is in seconds since the epoch (1970). The keys `event`, `time`, `epoch`, `update` and `stage` are
+    always there; `PlanMade.stages` becomes a list of objects.
+    """
+    record: dict[str, object] = {"event": event.name, "time": time}
+    record |= dict.fromkeys(("epoch", "update", "stage"))
+    own = asdict(event)
+    return record | {key: list(value) if isinstance(value, tuple) else value for key, value in own.items()}
+
+
+class Listener(Protocol):
+    """What watches a run. Both methods must return quickly; an exception detaches the listener."""
+
+    def handle(self, event: Event, record: dict[str, object]) -> None:
+        """Take one event; `record` is its journal form, shared by all listeners: do not change it."""
+
+    def close(self) -> None:
+        """Finish; called once, after the last event."""
+
+
+class EventBus:
+    """Delivers events to the listeners in the order of subscription; safe to call from several threads."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._listeners: list[Listener] = []
+        self._lock = threading.RLock()
+
+    def subscribe(self, listener: Listener) -> None:
+        """Add a listener; it gets the events emitted from now on."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def emit(self, event: Event) -> None:
+        """Deliver an event. Never raises because of a listener."""
+        with self._lock:
+            record = as_record(event, time=self._clock())
+            for listener in tuple(self._listeners):
+                try:
+                    listener.handle(event, record)
+                except Exception as error:
+                    self._detach(listener, error)
+
+    def close(self) -> None:
+        """Close the listeners, the last subscribed first: the journal, the first, hears their last words.
+
+        A listener may emit while it closes; those still attached get the event. Closing twice does nothing.
+        """
+        while True:
+            with self._lock:
+                if not self._listeners:
+                    return
+                listener = self._listeners.pop()
+            # Outside the lock: a listener that waits here for a thread of its own must let that emit.
+            try:
+                listener.close()
+            except Exception as error:
+                _warn(listener, error)
+
+    def _detach(self, listener: Listener, error: Exception) -> None:
+        self._listeners = [other for other in self._listeners if other is not listener]
+        _warn(listener, error)
+        try:
+            listener.close()
+        except Exception:
+            _logger.debug("a detached listener failed again while closing", exc_info=True)
+
+
+def _warn(listener: Listener, error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}"
+    _logger.warning("%s failed and is switched off; the run goes on (%s)", type(listener).__name__, reason)
+    _logger.debug("the failure in full", exc_info=error)

@@ -1,0 +1,186 @@
+"""One evaluation of one unit, under the conditions that a method asks for.
+
+The same unit is evaluated with or without a graph, with the current or with stashed parameters, with running
+statistics that follow or stand still, always with the randomness of its microbatch. `Evaluator` holds what is
+needed to switch between these conditions cheaply; nothing here knows a method or a schedule.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from petractl.errors import UserError
+from petractl.methods.randomness import derive_seed, seed_device
+from petractl.models.units import Reconstruction, Reversible, Streams, as_streams
+
+
+@dataclass(frozen=True, slots=True)
+class Linearization:
+    """A unit's evaluation with its graph: leaf inputs, outputs, and the parameters it used."""
+
+    inputs: Streams
+    outputs: Streams
+    parameters: Sequence[Tensor]
+
+    def vjp(self, gradients: Streams) -> tuple[Streams, list[Tensor | None]]:
+        """Return the gradients of inputs and parameters; frees the graph.
+
+        An input that needs no gradient (images) gets an empty place: zeros are never made for it.
+        """
+        wanted = [x for x in self.inputs if x.requires_grad]
+        pairs = [(y, g) for y, g in zip(self.outputs, gradients, strict=True) if y.requires_grad]
+        targets = [*wanted, *self.parameters]
+        if not pairs or not targets:
+            return (), [None] * len(self.parameters)
+        outputs, seeds = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, targets, seeds, allow_unused=True)
+        grads_in = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=False))
+        return grads_in, list(found[len(wanted) :])
+
+
+class Evaluator:
+    """Evaluates one unit under chosen conditions.
+
+    `index` is the unit's place in the whole net, `autocast_dtype` the lower precision or None. Outputs in the
+    lower precision are cast back to float32, so that the streams' additions and reconstructions are
+    float32's.
+    """
+
+    def __init__(
+        self,
+        unit: nn.Module,
+        *,
+        index: int,
+        name: str,
+        seed: int,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.unit = unit
+        self.index = index
+        self.name = name
+        self.parameters: list[Tensor] = [p for p in unit.parameters() if p.requires_grad]
+        self._seed = seed
+        self._device = device
+        self._autocast_dtype = autocast_dtype
+        self._slots = _parameter_slots(unit, self.parameters)
+        self._norms = [m for m in unit.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+        self._other_buffers = _other_buffers(unit, self._norms)
+
+    def plain(
+        self, inputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
+    ) -> Streams:
+        """Evaluate without a graph; `live` lets the running statistics follow."""
+        with torch.no_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+            return self._evaluate(inputs)
+
+    def linearize(
+        self,
+        inputs: Streams,
+        *,
+        microbatch: int,
+        live: bool,
+        parameters: Sequence[Tensor] | None,
+        input_gradient: bool = True,
+    ) -> Linearization:
+        """Evaluate with a graph whose leaves are the inputs and the parameters."""
+        leaves = tuple(_leaf(x, requires_grad=input_gradient) for x in inputs)
+        with torch.enable_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+            outputs = self._evaluate(leaves)
+        return Linearization(leaves, outputs, self.parameters if parameters is None else parameters)
+
+    def reconstruct(
+        self, outputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
+    ) -> Reconstruction:
+        """Rebuild a reversible unit's inputs with the graph for its vector-Jacobian product."""
+        assert isinstance(self.unit, Reversible)
+        with torch.no_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+            return self.unit.reconstruct(*outputs)
+
+    def _evaluate(self, inputs: Streams) -> Streams:
+        versions = [x._version for x in inputs]
+        outputs = self._float32(as_streams(self.unit(*inputs)))
+        if versions != [x._version for x in inputs]:
+            raise UserError(
+                "it changes its input in place, which its neighbour or its own backward still needs",
+                where=f"unit {self.index} ({self.name})",
+                hint="use the out-of-place form, for example ReLU(inplace=False)",
+            )
+        return outputs
+
+    @contextmanager
+    def _conditions(
+        self, microbatch: int, *, live: bool, parameters: Sequence[Tensor] | None
+    ) -> Iterator[None]:
+        seed_device(derive_seed(self._seed, self.index, microbatch), device=self._device)
+        with ExitStack() as stack:
+            if parameters is not None:
+                stack.enter_context(self._substituted(parameters))
+            if not live:
+                stack.enter_context(self._frozen_statistics())
+            stack.enter_context(self._autocast())
+            yield
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        # No cache: a weight cast under no_grad would be found again, without a graph, by an evaluation with
+        # one.
+        return torch.autocast(self._device.type, dtype=self._autocast_dtype, cache_enabled=False)
+
+    def _float32(self, streams: Streams) -> Streams:
+        if self._autocast_dtype is None:
+            return streams
+        return tuple(x.float() if x.dtype is self._autocast_dtype else x for x in streams)
+
+    @contextmanager
+    def _substituted(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Let the unit read other tensors in the places of its parameters."""
+        for table, key, position in self._slots:
+            table[key] = parameters[position]
+        try:
+            yield
+        finally:
+            for table, key, position in self._slots:
+                table[key] = self.parameters[position]
+
+    @contextmanager
+    def _frozen_statistics(self) -> Iterator[None]:
+        """Normalise by batch statistics and leave every buffer as it is."""
+        kept = [b.clone() for b in self._other_buffers]
+        for norm in self._norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in self._norms:
+                norm.track_running_stats = True
+            for buffer, value in zip(self._other_buffers, kept, strict=True):
+                buffer.copy_(value)
+
+
+def _leaf(x: Tensor, *, requires_grad: bool) -> Tensor:
+    x = x.detach()
+    return x.requires_grad_() if requires_grad and x.is_floating_point() else x
+
+
+def _parameter_slots(
+    unit: nn.Module, parameters: Sequence[Tensor]
+) -> list[tuple[dict[str, Tensor | None], str, int]]:
+    """Return every place where a module holds one of the parameters (a shared one has several)."""
+    position = {id(p): n for n, p in enumerate(parameters)}
+    slots: list[tuple[dict[str, Tensor | None], str, int]] = []
+    for module in unit.modules():
+        table: dict[str, Tensor | None] = module._parameters  # type: ignore[assignment]
+        slots += [(table, key, position[id(p)]) for key, p in table.items() if id(p) in position]
+    return slots
+
+
+def _other_buffers(unit: nn.Module, norms: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the buffers that a batch norm does not own: they are put back by value."""
+    owned = {id(b) for norm in norms for b in norm.buffers()}
+    return [b for b in unit.buffers() if id(b) not in owned]

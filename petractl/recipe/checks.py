@@ -1,0 +1,230 @@
+"""What concerns more than one key: contradictions, and settings that do nothing.
+
+A contradiction is an error. A key that has no effect beside the others (`betas` with sgd) is never ignored
+silently: written in a recipe it gives a warning, and `petractl show` writes it as a comment. One table says
+which these are.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from petractl.errors import Problem
+from petractl.recipe.schema import DATASETS_WITHOUT_FILES, LOCKED_METHODS, Recipe, is_import_path
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A contradiction between keys."""
+
+    keys: tuple[str, ...]
+    problem: Problem
+
+
+@dataclass(frozen=True, slots=True)
+class IdleKey:
+    """A key with no effect: the setting that makes it so, and the one under which it would matter."""
+
+    key: str
+    because: str
+    used_with: str
+
+
+def explicit_keys(recipe: Recipe) -> frozenset[str]:
+    """Return the keys (`section.key`) that were set and not left at their default."""
+    return frozenset(
+        f"{section}.{key}"
+        for section in type(recipe).model_fields
+        if section in recipe.model_fields_set
+        for key in getattr(recipe, section).model_fields_set
+    )
+
+
+def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield the contradictions between keys that need no model to be seen."""
+    given = explicit_keys(recipe)
+    yield from _model_and_data_conflicts(recipe)
+    yield from _method_conflicts(recipe, given)
+    yield from _stage_conflicts(recipe, given)
+
+
+def find_warnings(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is allowed but likely not meant."""
+    given = explicit_keys(recipe)
+    for idle in idle_keys(recipe):
+        if idle.key in given:
+            yield Problem(idle.key, f"has no effect with {idle.because}", f"it is for {idle.used_with}")
+    yield from _rate_warnings(recipe, given)
+
+
+def idle_keys(recipe: Recipe) -> Iterator[IdleKey]:
+    """Yield every key that has no effect in this recipe, set or not."""
+    yield from _idle_model_and_data(recipe)
+    yield from _idle_method_and_partition(recipe)
+    yield from _idle_optimizer(recipe)
+    yield from _idle_training_and_tracking(recipe)
+
+
+def _conflict(what: str, hint: str, key: str, *others: str) -> Conflict:
+    return Conflict((key, *others), Problem(key, what, hint))
+
+
+def _model_and_data_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    model, data = recipe.model, recipe.data
+    if model.arguments and not is_import_path(model.name):
+        yield _conflict(
+            f'are for a model of your own ("package.module:function"), but the model is "{model.name}"',
+            "take them out",
+            "model.arguments",
+            "model.name",
+        )
+    if data.name in DATASETS_WITHOUT_FILES:
+        for key, value in (("train", data.train), ("val", data.val)):
+            if value:
+                yield _conflict(
+                    f'"{data.name}" reads no files, but {_shown(value)} is given',
+                    "take it out, or name the data set in data.name",
+                    f"data.{key}",
+                    "data.name",
+                )
+
+
+def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflict]:
+    method, engine = recipe.method, recipe.engine
+    if "method.keep" in given and method.name != "delayed":
+        yield _conflict(
+            f'is for method.name = "delayed" only, but the method is "{method.name}"',
+            'take it out, or set method.name = "delayed"',
+            "method.keep",
+            "method.name",
+        )
+    if method.name in LOCKED_METHODS and engine.schedule not in ("auto", "sequential"):
+        yield _conflict(
+            f'must be "auto" or "sequential" with "{method.name}", which runs no forwards ahead,'
+            f" not {_shown(engine.schedule)}",
+            'set engine.schedule = "auto", or choose method.name = "petra" or "delayed"',
+            "engine.schedule",
+            "method.name",
+        )
+    if engine.slack and engine.schedule not in ("auto", "tight"):
+        yield _conflict(
+            f'is for engine.schedule = "tight" only, but the schedule is {_shown(engine.schedule)}',
+            "set engine.slack = 0, or take engine.schedule out",
+            "engine.slack",
+            "engine.schedule",
+        )
+
+
+def _stage_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflict]:
+    stages, cuts, lookaheads = recipe.partition.stages, recipe.partition.cuts, recipe.engine.schedule
+    if cuts and "partition.stages" in given:
+        yield _conflict(
+            f"cannot be given together with partition.stages = {_shown(stages)}",
+            "keep one of the two",
+            "partition.cuts",
+            "partition.stages",
+        )
+        return
+    num_stages = len(cuts) + 1 if cuts else stages
+    if isinstance(lookaheads, tuple) and isinstance(num_stages, int) and len(lookaheads) != num_stages:
+        source = "partition.cuts" if cuts else "partition.stages"
+        yield _conflict(
+            f"must have one lookahead per stage: it has {len(lookaheads)}, "
+            f"but {source} makes {num_stages} stages",
+            'give as many as there are stages, or use "tight" or "paper"',
+            "engine.schedule",
+            source,
+        )
+
+
+def _rate_warnings(recipe: Recipe, given: frozenset[str]) -> Iterator[Problem]:
+    training = recipe.training
+    if training.warmup_epochs > training.epochs:
+        what = (
+            f"{training.warmup_epochs:g} is more than training.epochs = {training.epochs}: warm-up never ends"
+        )
+        yield Problem("training.warmup_epochs", what, "the learning rate stays below optimizer.lr")
+    if training.lr_decay != "multi-step":
+        return
+    late = [epoch for epoch in training.milestones if epoch >= training.epochs]
+    if late:
+        what = (
+            f"{late} is not before the end, training.epochs = {training.epochs}: the rate does not fall there"
+        )
+        yield Problem("training.milestones", what)
+    if not training.milestones and "training.lr_decay" in given:
+        what = '"multi-step" without training.milestones never lowers the rate'
+        yield Problem("training.lr_decay", what, 'set training.milestones, or choose "cosine"')
+
+
+def _idle_model_and_data(recipe: Recipe) -> Iterator[IdleKey]:
+    model, data = recipe.model, recipe.data
+    name = f"model.name = {_shown(model.name)}"
+    user_made = is_import_path(model.name)
+    if model.name != "revnet-iso" and not user_made:
+        yield IdleKey("model.depth", name, "revnet-iso")
+    if not user_made:
+        yield IdleKey("model.arguments", name, '"package.module:function"')
+    data_name = f"data.name = {_shown(data.name)}"
+    if data.name != "fake":
+        for key in ("image_size", "channels", "classes", "fake_samples"):
+            yield IdleKey(f"data.{key}", data_name, '"fake"')
+    else:
+        yield IdleKey("data.augment", data_name, "real images")
+    if data.name in DATASETS_WITHOUT_FILES:
+        for key in ("train", "val"):
+            yield IdleKey(f"data.{key}", data_name, '"cifar10" and "cifar100"')
+
+
+def _idle_method_and_partition(recipe: Recipe) -> Iterator[IdleKey]:
+    method, partition, engine = recipe.method, recipe.partition, recipe.engine
+    name = f"method.name = {_shown(method.name)}"
+    if method.name != "delayed":
+        yield IdleKey("method.keep", name, '"delayed"')
+    if method.name == "backprop":
+        yield IdleKey("method.bn_statistics", name, "methods that evaluate twice")
+    elif method.name == "delayed" and method.keep == "graph":
+        yield IdleKey("method.bn_statistics", 'method.keep = "graph"', "methods that evaluate twice")
+    if partition.cuts:
+        yield IdleKey("partition.stages", "partition.cuts", "recipes without cuts")
+        yield IdleKey("partition.balance", "partition.cuts", "recipes without cuts")
+    elif partition.stages == "units":
+        yield IdleKey("partition.balance", 'partition.stages = "units"', "a number of stages")
+    if method.name in LOCKED_METHODS:
+        yield IdleKey("engine.slack", name, '"petra" and "delayed"')
+    elif engine.schedule not in ("auto", "tight"):
+        yield IdleKey("engine.slack", f"engine.schedule = {_shown(engine.schedule)}", '"tight"')
+
+
+def _idle_optimizer(recipe: Recipe) -> Iterator[IdleKey]:
+    optimizer = recipe.optimizer
+    name = f"optimizer.name = {_shown(optimizer.name)}"
+    used_by = {"momentum": ("sgd", "lars"), "nesterov": ("sgd", "lars"), "betas": ("adamw",)}
+    for key, users in used_by.items():
+        # A class of the user's takes what its constructor names, which only building it can tell.
+        if optimizer.name not in users and not is_import_path(optimizer.name):
+            yield IdleKey(f"optimizer.{key}", name, " and ".join(f'"{user}"' for user in users))
+    if optimizer.name in used_by["nesterov"] and optimizer.momentum == 0:
+        yield IdleKey("optimizer.nesterov", "optimizer.momentum = 0", "a momentum above 0")
+    if optimizer.weight_decay == 0:
+        yield IdleKey("optimizer.decay_norm_and_bias", "optimizer.weight_decay = 0", "a weight decay above 0")
+
+
+def _idle_training_and_tracking(recipe: Recipe) -> Iterator[IdleKey]:
+    training = recipe.training
+    decay = f"training.lr_decay = {_shown(training.lr_decay)}"
+    if training.lr_decay != "multi-step":
+        yield IdleKey("training.milestones", decay, '"multi-step"')
+        yield IdleKey("training.decay_factor", decay, '"multi-step"')
+    elif not training.milestones:
+        yield IdleKey("training.decay_factor", "no training.milestones", '"multi-step" with milestones')
+    if training.lr_decay != "polynomial":
+        yield IdleKey("training.polynomial_power", decay, '"polynomial"')
+    if not recipe.tracking.mlflow:
+        for key in ("uri", "experiment", "run_name"):
+            yield IdleKey(f"tracking.{key}", "tracking.mlflow = false", "tracking.mlflow = true")
+
+
+def _shown(value: str | int | tuple[int, ...] | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_shown(item) for item in value)}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)

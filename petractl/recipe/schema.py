@@ -1,0 +1,339 @@
+"""The keys of a recipe, their types, defaults and limits.
+
+Every key has a one-line docstring: it is the help, the documentation and the comment that `petractl show`
+writes, so it is kept in one place, here. Types are strict (`true` is not 1, "64" is not 64) and unknown keys
+are errors. What concerns more than one key is in `checks`; the words of the error messages are in `problems`.
+
+Names of models, data sets and methods are listed here as plain tuples, so that a mistyped name is found
+without importing torch; a test compares them with the registries.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic_core import PydanticCustomError
+
+MODEL_NAMES = (
+    "revnet18",
+    "revnet34",
+    "revnet50",
+    "revnet101",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "revnet-iso",
+)
+DATASET_NAMES = ("digits", "cifar10", "cifar100", "fake")
+DATASETS_WITHOUT_FILES = ("digits", "fake")
+METHOD_NAMES = ("petra", "delayed", "reversible", "backprop")
+LOCKED_METHODS = ("reversible", "backprop")
+OPTIMIZER_NAMES = ("sgd", "adamw", "lars")
+SCHEDULE_NAMES = ("auto", "tight", "paper", "sequential")
+STAGE_RULES = ("auto", "units")
+
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+_DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d*))?")
+_EPOCH_INTERVAL = re.compile(r"([1-9]\d*) epochs?")
+
+
+def _wrong(limit: str, *, choices: Sequence[str] = ()) -> PydanticCustomError:
+    """Return the error of a value that breaks `limit` ("must be ..."); `choices` are for "did you mean"."""
+    return PydanticCustomError("recipe_value", "{limit}", {"limit": limit, "choices": list(choices)})
+
+
+def is_import_path(name: str) -> bool:
+    """Return whether `name` has the form "package.module:name"."""
+    return _IMPORT_PATH.fullmatch(name) is not None
+
+
+def _known_name(name: str, *, known: Sequence[str], kind: str) -> str:
+    """Check a name against the list; with `kind`, "package.module:kind" is taken too, by its form only."""
+    if name in known or (kind and is_import_path(name)):
+        return name
+    if kind and ":" in name:
+        raise _wrong(f'must have the form "package.module:{kind}"')
+    user_made = f', or "package.module:{kind}"' if kind else ""
+    raise _wrong(f"must be one of {', '.join(known)}{user_made}", choices=known)
+
+
+def _model_name(name: str) -> str:
+    return _known_name(name, known=MODEL_NAMES, kind="function")
+
+
+def _dataset_name(name: str) -> str:
+    return _known_name(name, known=DATASET_NAMES, kind="")
+
+
+def _method_name(name: str) -> str:
+    return _known_name(name, known=METHOD_NAMES, kind="")
+
+
+def _optimizer_name(name: str) -> str:
+    return _known_name(name, known=OPTIMIZER_NAMES, kind="Class")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _source(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value):
+        return tuple(value)
+    raise _wrong("must be a path (string) or a list of paths")
+
+
+def _stages(value: Any) -> Any:
+    if (_is_whole(value) and value >= 1) or (isinstance(value, str) and value in STAGE_RULES):
+        return value
+    raise _wrong('must be a whole number of at least 1, "units" or "auto"', choices=STAGE_RULES)
+
+
+def _cuts(cuts: tuple[int, ...]) -> tuple[int, ...]:
+    if any(cut < 1 for cut in cuts) or any(b <= a for a, b in pairwise(cuts)):
+        raise _wrong("must be unit numbers from 1 up, each larger than the one before")
+    return cuts
+
+
+def _schedule(value: Any) -> Any:
+    if isinstance(value, str) and value in SCHEDULE_NAMES:
+        return value
+    if not isinstance(value, (list, tuple)):
+        known = ", ".join(f'"{name}"' for name in SCHEDULE_NAMES)
+        raise _wrong(
+            f"must be one of {known}, or a list with one lookahead per stage", choices=SCHEDULE_NAMES
+        )
+    if not value or not all(_is_whole(item) and item >= 0 for item in value):
+        raise _wrong("must hold one whole number of at least 0 per stage")
+    if value[-1] != 0:
+        raise _wrong("must end with 0: the last stage has nothing to run ahead of")
+    if any(b > a for a, b in pairwise(value)):
+        raise _wrong("must not increase from one stage to the next")
+    return tuple(value)
+
+
+def _milestones(milestones: tuple[int, ...]) -> tuple[int, ...]:
+    if any(epoch < 1 for epoch in milestones) or any(b <= a for a, b in pairwise(milestones)):
+        raise _wrong("must be epochs from 1 up, each later than the one before")
+    return milestones
+
+
+def _device(value: str) -> str:
+    if _DEVICE.fullmatch(value) is None:
+        raise _wrong('must be "auto", "cpu", "cuda" or "cuda:N"', choices=("auto", "cpu", "cuda", "cuda:0"))
+    return value
+
+
+def _epoch_interval(value: str) -> str:
+    if _EPOCH_INTERVAL.fullmatch(value) is None:
+        raise _wrong('must be a number of epochs, such as "1 epoch" or "5 epochs" (no other unit yet)')
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, extra="forbid", strict=True, frozen=True, allow_inf_nan=False
+    )
+
+
+class ModelSection(_Section):
+    """The net."""
+
+    name: Annotated[str, AfterValidator(_model_name)]
+    """A name from `petractl ls models`, or "package.module:function" that returns a list of units."""
+    width: int = Field(default=64, ge=1)
+    """Channels of the stem per stream; later groups have 2, 4, 8 times as many (bottleneck: 4x those)."""
+    classes: int = Field(default=0, ge=0)
+    """Classes that the head tells apart; 0 = as many as the data have."""
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
+    """First layer: "cifar" (3x3), "imagenet" (7x7, stride 2, max-pool), "auto" (imagenet from side 96 on)."""
+    depth: int = Field(default=8, ge=1)
+    """Number of blocks; for revnet-iso."""
+    weights: str = ""
+    """Path of a safetensors file with starting weights; empty = random ones, from the seed."""
+    memory_format: Literal["channels-last", "contiguous"] = "channels-last"
+    """How image tensors lie in memory; "channels-last" is the faster one for convolutions."""
+    arguments: dict[str, JsonValue] = {}
+    """Table of keyword arguments for a "package.module:function" model."""
+
+
+class DataSection(_Section):
+    """The data."""
+
+    name: Annotated[str, AfterValidator(_dataset_name)] = "digits"
+    """A name from `petractl ls datasets`; "digits" needs no download."""
+    train: Annotated[str | tuple[str, ...], BeforeValidator(_source)] = ""
+    """Training data: folder, path, brace pattern ("train-{00..04}.tar") or list; empty = data/<name>."""
+    val: Annotated[str | tuple[str, ...], BeforeValidator(_source)] = ""
+    """Test data, given like `train`; empty = data/<name>."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per microbatch; an update averages batch_size x method.accumulation samples."""
+    eval_batch_size: int = Field(default=0, ge=0)
+    """Samples per batch in evaluation; 0 = batch_size, but at least 256."""
+    steps_per_epoch: int = Field(default=0, ge=0)
+    """Microbatches per epoch; 0 = one pass over the training data."""
+    workers: int = Field(default=0, ge=0)
+    """Threads that prepare data in the background; 0 = none. The data are the same, whatever the number."""
+    augment: bool = True
+    """Augment training images: random crop and flip, as far as they suit the data."""
+    drop_last: bool = False
+    """Leave out the last microbatch of an epoch where it is not full."""
+    image_size: int = Field(default=0, ge=0)
+    """Side of fake images; 0 = 32."""
+    channels: int = Field(default=0, ge=0)
+    """Channels of fake images; 0 = 3."""
+    classes: int = Field(default=0, ge=0)
+    """Number of classes of fake data; 0 = 10."""
+    fake_samples: int = Field(default=1024, ge=4)
+    """Number of fake training images."""
+
+
+class MethodSection(_Section):
+    """How gradients are computed: what a stage keeps between forward and backward."""
+
+    name: Annotated[str, AfterValidator(_method_name)] = "petra"
+    """A name from `petractl ls methods`: "petra", "delayed", "reversible" or "backprop"."""
+    accumulation: int = Field(default=1, ge=1)
+    """k: a stage updates its parameters after every k-th of its backwards, with the mean of k gradients."""
+    keep: Literal["graph", "inputs+parameters", "inputs", "parameters"] = "graph"
+    """What "delayed" keeps of a forward until its backward."""
+    bn_statistics: Literal["backward", "forward"] = "backward"
+    """The evaluation that updates batch norm's running statistics, where there are two of them."""
+
+
+class PartitionSection(_Section):
+    """How the net is cut into stages."""
+
+    stages: Annotated[int | str, BeforeValidator(_stages)] = "auto"
+    """Number of stages, "units" (one per unit, the finest), or "auto" (chosen for the devices)."""
+    cuts: Annotated[tuple[int, ...], AfterValidator(_cuts)] = ()
+    """The first unit of every stage but the first, instead of `stages`; units count from 0, the stem."""
+    balance: Literal["flops", "parameters", "uniform"] = "flops"
+    """What is made even between stages: computation, parameters, or the number of units."""
+
+
+class EngineSection(_Section):
+    """How and where the stages run."""
+
+    mode: Literal["in-process"] = "in-process"
+    """Where stages live; "in-process": all of them in one process on one device."""
+    schedule: Annotated[str | tuple[int, ...], BeforeValidator(_schedule)] = "auto"
+    """Forwards run ahead: "auto", "tight" (least), "paper" (2x), "sequential" (none), or a list per stage."""
+    slack: int = Field(default=0, ge=0)
+    """Extra forwards ahead of "tight", to hide latency; every one of them adds staleness."""
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    """Device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Number format: "float32", or "bfloat16" autocast with the streams' additions in float32."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 = OMP_NUM_THREADS if it is set, else the number of cores."""
+
+
+class OptimizerSection(_Section):
+    """How parameters are updated; every stage has its own optimizer."""
+
+    name: Annotated[str, AfterValidator(_optimizer_name)] = "sgd"
+    """The optimizer: "sgd", "adamw", "lars", or "package.module:Class"."""
+    lr: float = Field(default=0.1, ge=0)
+    """Learning rate after warm-up."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of sgd and lars."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Weight decay (adamw's is decoupled from the gradient)."""
+    decay_norm_and_bias: bool = False
+    """Apply weight decay to the parameters of norms and to biases too."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+        default=(0.9, 0.999), min_length=2, max_length=2
+    )
+    """Decay rates of adamw's two averages."""
+    clip_norm: float = Field(default=0.0, ge=0)
+    """Largest norm of a stage's gradient, larger ones are scaled down; 0 = no limit."""
+    scale_lr: bool = False
+    """Multiply lr by data.batch_size x method.accumulation / 256."""
+    arguments: dict[str, JsonValue] = {}
+    """Table of further keyword arguments for the optimizer."""
+
+
+class TrainingSection(_Section):
+    """How long, and how the learning rate moves."""
+
+    epochs: int = Field(default=10, ge=1)
+    """Number of epochs."""
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    """Epochs in which the learning rate rises linearly from 0."""
+    lr_decay: Literal["multi-step", "cosine", "polynomial", "constant"] = "cosine"
+    """How the rate falls: in steps at milestones, along a cosine or a polynomial to 0, or not at all."""
+    milestones: Annotated[tuple[int, ...], AfterValidator(_milestones)] = ()
+    """Epochs after which "multi-step" multiplies the rate by decay_factor."""
+    decay_factor: float = Field(default=0.1, gt=0, le=1)
+    """Factor of "multi-step"."""
+    polynomial_power: float = Field(default=2.0, gt=0)
+    """Power of "polynomial"."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread evenly over all classes."""
+    evaluate_every: int = Field(default=1, ge=1)
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
+
+
+class RunSection(_Section):
+    """The run and its folder."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of weights, data order, augmentation and dropout."""
+    directory: str = Field(default="runs", min_length=1)
+    """Folder in which run folders are made."""
+    checkpoint_every: Annotated[str, AfterValidator(_epoch_interval)] = "1 epoch"
+    """Time between checkpoints: "N epochs"."""
+    keep_last: int = Field(default=1, ge=1)
+    """Number of last checkpoints that are kept; the best one is kept besides."""
+
+    @property
+    def checkpoint_epochs(self) -> int:
+        """`checkpoint_every` as a number of epochs."""
+        return int(self.checkpoint_every.split()[0])
+
+
+class TrackingSection(_Section):
+    """Where the run is logged besides its own journal."""
+
+    mlflow: bool = True
+    """Log parameters, metrics and plots to MLflow."""
+    uri: str = ""
+    """MLflow tracking server; empty = a SQLite store in run.directory."""
+    experiment: str = Field(default="petractl", min_length=1)
+    """MLflow experiment."""
+    run_name: str = ""
+    """MLflow run name; empty = the run folder's name."""
+
+
+class Recipe(_Section):
+    """A whole recipe; the first three sections must be there."""
+
+    model: ModelSection
+    data: DataSection
+    method: MethodSection
+    partition: PartitionSection = PartitionSection()
+    engine: EngineSection = EngineSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    run: RunSection = RunSection()
+    tracking: TrackingSection = TrackingSection()
+
+    def with_cuts(self, cuts: Sequence[int]) -> "Recipe":
+        """Return the recipe with the cuts that were chosen, in place of the rule that chose them."""
+        return self.model_copy(update={"partition": PartitionSection(cuts=tuple(cuts))})
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+REQUIRED_SECTIONS = tuple(name for name, field in Recipe.model_fields.items() if field.is_required())

@@ -1,0 +1,74 @@
+"""What a run has given: its weights evaluated, or exported as plain tensors."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+
+from petractl import build
+from petractl.checkpoint import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
+from petractl.engine.evaluation import evaluate as evaluate_network
+from petractl.errors import RunError, UserError
+from petractl.models.weights import save_tensors
+from petractl.recipe.load import load_recipe
+from petractl.run_folder import RunFolder, open_run_folder
+
+
+def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
+    """Return loss, top1, top5 (percent) and samples of the last (or best) checkpoint on the test data.
+
+    Raises:
+        UserError: no such run, or no checkpoint yet.
+        RunError: the checkpoint is damaged.
+    """
+    folder = open_run_folder(run)
+    saved = _checkpoint(folder, best=best)
+    plan = build.check(load_recipe(folder.resolved))
+    torch.set_num_threads(build.num_threads(plan.recipe))
+    network = build.build_network(plan)
+    network.load_state_dict(saved.tensors["model"])
+    network.to(plan.device)
+    scores = evaluate_network(
+        network, build.evaluation_data(plan), placement=build.evaluation_placement(plan)
+    )
+    return dataclasses.asdict(scores)
+
+
+def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
+    """Write the weights as safetensors named by unit; equal weights give equal bytes.
+
+    Raises:
+        UserError: no such run, no checkpoint yet, or `out` cannot be written.
+        RunError: the checkpoint is damaged.
+    """
+    saved = _checkpoint(open_run_folder(run), best=best)
+    tensors = saved.tensors["model"]
+    save_tensors(tensors, out)
+    content = out.read_bytes()
+    return {
+        "path": str(out),
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _checkpoint(folder: RunFolder, *, best: bool) -> Checkpoint:
+    newest, errors = newest_checkpoint(folder.checkpoints)
+    if newest is None:
+        if errors:
+            raise errors[0]
+        raise UserError(
+            "the run has no checkpoint yet",
+            where=str(folder.path),
+            hint=f"train it first: petractl resume {folder.path}",
+        )
+    if not best:
+        return newest
+    epoch = newest.state["training"]["best_epoch"]
+    for path in checkpoint_paths(folder.checkpoints):
+        if path.name == f"epoch-{epoch or 0:04d}":
+            return load_checkpoint(path)
+    raise RunError(f"its best checkpoint (epoch {epoch}) is missing", where=str(folder.path))

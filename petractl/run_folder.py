@@ -1,0 +1,118 @@
+"""The run folder: one run, all of its files, nothing of it anywhere else.
+
+<directory>/<time>-<recipe>/
+  recipe.toml       the recipe as given          environment.json   versions and machine
+  resolved.toml     every key, cuts chosen       metrics.jsonl      the journal
+  checkpoints/      last and best                plots/  logs/
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from petractl.errors import RunError, UserError
+
+RECIPE = "recipe.toml"
+RESOLVED = "resolved.toml"
+ENVIRONMENT = "environment.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The places of a run's files."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe with every key, and the cuts that were chosen."""
+        return self.path / RESOLVED
+
+    def write_start(self, *, recipe: str, resolved: str, environment: dict[str, Any]) -> None:
+        """Write what is known before the first step.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        try:
+            for name in ("checkpoints", "plots", "logs"):
+                (self.path / name).mkdir(exist_ok=True)
+            (self.path / RECIPE).write_text(recipe, encoding="utf-8")
+            (self.path / ENVIRONMENT).write_text(json.dumps(environment, indent=1) + "\n")
+            self.write_resolved(resolved)
+        except OSError as error:
+            raise RunError(
+                f"cannot be written: {error.strerror or error}",
+                where=str(self.path),
+                hint="give another folder with --dir, or make room",
+            ) from error
+
+    def write_resolved(self, text: str) -> None:
+        """Replace resolved.toml in one step."""
+        temporary = self.path / f".{RESOLVED}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.resolved)
+
+
+def create_run_folder(directory: Path | None, *, parent: str, recipe_name: str) -> RunFolder:
+    """Make the folder of a new run: `directory` itself, or `<parent>/<time>-<recipe>`.
+
+    Raises:
+        UserError: it exists and is not empty, or cannot be made.
+    """
+    try:
+        if directory is None:
+            return RunFolder(_new_folder(Path(parent), recipe_name))
+        directory.mkdir(parents=True, exist_ok=True)
+        occupied = any(directory.iterdir())
+    except OSError as error:
+        raise UserError(
+            f"cannot be made: {error.strerror or error}",
+            where=str(directory or parent),
+            hint="give a folder that can be written, with --dir or run.directory",
+        ) from None
+    if occupied:
+        raise UserError(
+            "the folder is not empty",
+            where=str(directory),
+            hint=f"give a new one, or continue that run: petractl resume {directory}",
+        )
+    return RunFolder(directory)
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """Return the folder of an existing run.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = RunFolder(path)
+    if not folder.resolved.is_file():
+        raise UserError(
+            "this is no run folder" if path.is_dir() else "there is no such folder",
+            where=str(path),
+            hint=f"a run folder has a {RESOLVED}; `petractl ls runs` lists them",
+        )
+    return folder
+
+
+def _new_folder(parent: Path, recipe_name: str) -> Path:
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe_name).strip(".-") or "run"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    parent.mkdir(parents=True, exist_ok=True)
+    for count in range(1, 1000):
+        path = parent / (f"{stamp}-{stem}" if count == 1 else f"{stamp}-{stem}-{count}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise UserError("a thousand runs began in this second", where=str(parent))

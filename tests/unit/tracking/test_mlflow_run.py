@@ -1,0 +1,113 @@
+import math
+import sqlite3
+import threading
+
+import pytest
+from tracking_events import make_end, make_plan, make_run
+
+from petractl.events import RunFailed, RunInterrupted, RunStarted, StepsDone, as_record
+from petractl.tracking.mlflow_run import (
+    MetricPoint,
+    create_sqlite_store,
+    final_status,
+    metric_points,
+    mlflow_name,
+    plan_parameters,
+    sqlite_path,
+)
+
+
+def records(events):
+    return [as_record(event, time=float(i)) for i, event in enumerate(events)]
+
+
+def test_metrics_are_named_by_split_and_stepped_by_epoch(tmp_path):
+    points = [p for record in records(make_run(tmp_path, epochs=2)) for p in metric_points(record)]
+    by_key = {(p.key, p.step): p.value for p in points}
+    assert by_key["train/loss", 1] == 1.0
+    assert by_key["train/top1", 2] == 82.0
+    assert by_key["test/top1", 2] == 83.0
+    assert by_key["images_per_s", 2] == 5321.4
+    assert by_key["staleness_updates/stage_00", 0] == 0.5
+    assert "gradient_norm" not in {p.key for p in points}  # it was not measured
+
+
+def test_progress_within_an_epoch_is_no_metric():
+    assert metric_points(as_record(StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7), time=0.0)) == []
+
+
+def test_what_was_not_finite_is_sent_as_such():
+    record = records(make_run("x", epochs=1))[3] | {"loss": "NaN", "time": 1.5}
+    point = metric_points(record)[0]
+    assert (point.key, point.step, point.time_ms) == ("train/loss", 1, 1500)
+    assert math.isnan(point.value)
+
+
+def test_the_end_gives_the_best_value():
+    assert MetricPoint("best_top1", 84.0, 3, 0) in metric_points(as_record(make_end(), time=0.0))
+
+
+def test_names_hold_only_what_mlflow_accepts():
+    assert mlflow_name("top-1 (%) at k=2") == "top-1 ___ at k_2"
+    assert mlflow_name("test/top1.x_y: z") == "test/top1.x_y: z"
+
+
+def test_the_plan_adds_parameters():
+    parameters = plan_parameters(as_record(make_plan(), time=0.0))
+    assert parameters["plan.stages"] == "2"
+    assert parameters["plan.samples_per_update"] == "128"
+
+
+@pytest.mark.parametrize(
+    ("events", "status"),
+    [
+        ([], "FAILED"),
+        ([RunStarted("d", "r", "petra", "m", "d")], "FAILED"),
+        ([RunStarted("d", "r", "petra", "m", "d"), make_end()], "FINISHED"),
+        ([RunStarted("d", "r", "petra", "m", "d"), RunInterrupted(1, "x")], "KILLED"),
+        ([RunStarted("d", "r", "petra", "m", "d"), RunFailed("x")], "FAILED"),
+        ([RunInterrupted(1, "x"), RunStarted("d", "r", "petra", "m", "d", 1), make_end()], "FINISHED"),
+        ([make_end(), RunStarted("d", "r", "petra", "m", "d", 3)], "FAILED"),
+    ],
+)
+def test_the_status_is_that_of_the_last_session(events, status):
+    assert final_status(records(events)) == status
+
+
+def test_sqlite_path():
+    assert str(sqlite_path("sqlite:////a b/c%d.db")) == "/a b/c%d.db"
+    assert str(sqlite_path("sqlite:///x.db")) == "x.db"
+    assert sqlite_path("sqlite:///") is None
+    assert sqlite_path("http://host/sqlite:///x") is None
+
+
+def test_a_store_appears_complete_or_not_at_all(tmp_path, monkeypatch):
+    """Several runs that create one store at once: one wins, none fails, nothing is left over."""
+    import mlflow
+
+    class Client:
+        """Makes a database in two steps, with time in between for others to look."""
+
+        def __init__(self, tracking_uri):
+            self.path = sqlite_path(tracking_uri)
+
+        def search_experiments(self, **_):
+            with sqlite3.connect(self.path) as connection:
+                connection.execute("create table a (x)")
+                assert not store.exists()
+                ready.wait(timeout=10.0)
+                connection.execute("create table b (x)")
+
+    store = tmp_path / "runs" / "mlflow.db"
+    ready = threading.Barrier(2)
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    threads = [threading.Thread(target=create_sqlite_store, args=(f"sqlite:///{store}",)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with sqlite3.connect(store) as connection:
+        assert {name for (name,) in connection.execute("select name from sqlite_master")} == {"a", "b"}
+    assert [path.name for path in store.parent.iterdir()] == ["mlflow.db"]
+    create_sqlite_store(f"sqlite:///{store}")  # it is there: nothing to do
+    create_sqlite_store("http://127.0.0.1:1")
