@@ -67,6 +67,15 @@ def launch(monkeypatch) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def results(monkeypatch) -> ModuleType:
+    """A stand-in for the module that runs things."""
+    module = ModuleType("petractl.results")
+    monkeypatch.setitem(sys.modules, "petractl.results", module)
+    monkeypatch.setattr(petractl, "results", module, raising=False)
+    return module
+
+
 # Help
 
 
@@ -214,8 +223,8 @@ def test_run_and_resume_hand_on_what_they_are_given(launch) -> None:
     ]
 
 
-def test_eval_writes_a_table_or_json(launch) -> None:
-    launch.evaluate = lambda run, *, best: {
+def test_eval_writes_a_table_or_json(results) -> None:
+    results.evaluate = lambda run, *, best: {
         "loss": 0.25,
         "top1": 97.5,
         "top5": 100.0,
@@ -231,9 +240,9 @@ def test_eval_writes_a_table_or_json(launch) -> None:
     }
 
 
-def test_export_says_what_it_wrote(launch) -> None:
+def test_export_says_what_it_wrote(results) -> None:
     facts = {"path": "w.safetensors", "tensors": 60, "parameters": 1234, "bytes": 5678, "sha256": "ab12"}
-    launch.export = lambda run, *, out, best: facts
+    results.export = lambda run, *, out, best: facts
     result = call("export", "x", "--out", "w.safetensors")
     assert result.stdout == "w.safetensors: 60 tensors, 1,234 parameters, 5,678 bytes\nsha256 ab12\n"
 

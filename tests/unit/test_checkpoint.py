@@ -1,0 +1,107 @@
+"""Checkpoints exist whole or not at all, and loading one runs nothing."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from petractl.checkpoint import (
+    checkpoint_paths,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from petractl.errors import RunError
+
+
+def save(folder: Path, epoch: int) -> Path:
+    tensors = {
+        "model": {"units.0.weight": torch.full((2, 3), float(epoch))},
+        "optimizer": {"units.0.weight/momentum_buffer": torch.arange(6.0).reshape(2, 3)},
+    }
+    return save_checkpoint(folder, epoch=epoch, tensors=tensors, state={"best": 1.5})
+
+
+def test_what_was_saved_is_loaded(tmp_path) -> None:
+    path = save(tmp_path, 3)
+    loaded = load_checkpoint(path)
+    assert path.name == "epoch-0003"
+    assert loaded.epoch == 3
+    assert loaded.state == {"best": 1.5}
+    assert torch.equal(loaded.tensors["model"]["units.0.weight"], torch.full((2, 3), 3.0))
+    assert set(loaded.tensors) == {"model", "optimizer"}
+
+
+def test_saving_again_replaces(tmp_path) -> None:
+    save(tmp_path, 1)
+    assert load_checkpoint(save(tmp_path, 1)).epoch == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "missing", "manifest", "not-json", "other-format", "escape"]
+)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, damage: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file, manifest = path / "model.safetensors", path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    if damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-5])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text('{"epoch": 2}')
+    elif damage == "not-json":
+        manifest.write_text("{")
+    elif damage == "other-format":
+        manifest.write_text(json.dumps({**content, "format": 99}))
+    else:
+        manifest.write_text(json.dumps({**content, "files": {"../epoch-0001/model.safetensors": "0"}}))
+    with pytest.raises(RunError, match="epoch-0002"):
+        load_checkpoint(path)
+    newest, errors = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.epoch == 1
+    assert len(errors) == 1
+
+
+def test_a_pickle_in_the_place_of_tensors_is_never_run(tmp_path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = save(tmp_path, 1)
+    (path / "model.safetensors").write_bytes(pickle.dumps(Hostile()))
+    assert newest_checkpoint(tmp_path)[0] is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("petractl.checkpoint.save_file", full)
+    with pytest.raises(RunError, match="No space left"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
+
+
+def test_the_last_and_the_best_are_kept(tmp_path) -> None:
+    for epoch in range(1, 7):
+        save(tmp_path, epoch)
+    prune_checkpoints(tmp_path, keep_last=2, best_epoch=3)
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["epoch-0003", "epoch-0005", "epoch-0006"]
+
+
+def test_there_is_none_in_an_empty_folder(tmp_path) -> None:
+    assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
