@@ -114,10 +114,16 @@ class ConsoleListener:
                 self._finished = event
             case RunInterrupted():
                 self._end_progress()
-                self._say(f"interrupted in epoch {event.epoch}; everything is saved", style="bold")
+                self._say(self._interrupted(event.epoch), style="bold")
                 self._say(f"hint: continue with: {event.resume_command}")
             case RunFailed():
                 self._end_progress()  # the message is the command's to tell, with the exit code
+
+    def _interrupted(self, epoch: int) -> str:
+        last = self._checkpoints.get("last")
+        saved = last.epoch if last else self._started and self._started.resumed_from_epoch
+        where = f"the checkpoint of epoch {saved} stands" if saved else "no epoch was saved yet"
+        return f"interrupted in epoch {epoch}; {where}"
 
     def close(self) -> None:
         """Leave the terminal as it was and print the summary of a finished run on stdout."""

@@ -124,9 +124,19 @@ def test_warnings_have_their_hint_on_its_own_line(tmp_path):
 def test_an_interrupted_run_says_how_to_go_on_and_has_no_summary(tmp_path):
     err, out = show([*make_run(tmp_path), RunInterrupted(3, "petractl resume runs/one")])
     assert err.endswith(
-        "interrupted in epoch 3; everything is saved\nhint: continue with: petractl resume runs/one\n"
+        "interrupted in epoch 3; no epoch was saved yet\nhint: continue with: petractl resume runs/one\n"
     )
     assert out == ""
+
+
+@pytest.mark.parametrize("saved_by", ["this stretch", "an earlier one"])
+def test_an_interrupted_run_says_what_is_saved(tmp_path, saved_by):
+    interrupted = RunInterrupted(3, "petractl resume runs/one")
+    if saved_by == "this stretch":
+        events = [CheckpointSaved(epoch=2, path="x", best=False, seconds=0.1), interrupted]
+    else:
+        events = [RunStarted("x", "digits", "petra", "revnet18", "digits", 2), interrupted]
+    assert "interrupted in epoch 3; the checkpoint of epoch 2 stands\n" in show(events)[0]
 
 
 def test_a_failed_run_has_no_summary(tmp_path):
