@@ -8,6 +8,7 @@ needed to switch between these conditions cheaply; nothing here knows a method o
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,9 @@ class Evaluator:
         self, outputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
     ) -> Reconstruction:
         """Rebuild a reversible unit's inputs with the graph for its vector-Jacobian product."""
-        assert isinstance(self.unit, Reversible)
+        unit = cast(Reversible, self.unit)
         with torch.no_grad(), self._conditions(microbatch, live=live, parameters=parameters):
-            return self.unit.reconstruct(*outputs)
+            return unit.reconstruct(*outputs)
 
     def _evaluate(self, inputs: Streams) -> Streams:
         versions = [x._version for x in inputs]

@@ -33,6 +33,7 @@ from petractl.methods.family import METHODS
 from petractl.models.registry import build_model, list_models
 from petractl.models.units import is_reversible
 from petractl.recipe.find import list_recipes
+from petractl.recipe.load import load_recipe
 from petractl.recipe.render import toml_value
 from petractl.recipe.schema import SECTIONS
 
@@ -212,7 +213,10 @@ def test_the_table_of_methods_says_what_is_kept() -> None:
 
 
 def test_the_table_of_recipes_is_complete() -> None:
-    assert {cells[0] for cells in first_cells(README, "Recipes")} == {r.name for r in list_recipes()}
+    rows = first_cells(README, "Recipes")
+    assert {cells[0] for cells in rows} == {r.name for r in list_recipes()}
+    for name, what, _ in rows:
+        assert what.endswith(f", {load_recipe(name).recipe.training.epochs} epochs"), name
 
 
 def test_what_can_be_listed_is_told() -> None:

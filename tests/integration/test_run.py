@@ -81,7 +81,7 @@ def test_the_run_folder_holds_everything(tmp_path) -> None:
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"recipe.toml", "resolved.toml", "environment.json", "metrics.jsonl", "plots/curves.png"} <= names
     assert "checkpoints/epoch-0004/manifest.json" in names
-    assert "32 per microbatch x k 2 = 64 per update" in result.stderr
+    assert "64 per microbatch x k 2 = 128 per update" in result.stderr
     assert str(folder) in result.stdout
     events = journal(folder)
     assert events[0]["event"] == "run_started"

@@ -1,8 +1,9 @@
 """What the oracles share: small nets, microbatches, the engine under a spy, and comparisons.
 
-The nets are the zoo's, so narrow and on so small images that a run takes a tenth of a second: RevNet-18 (10 units,
-three of them downsampling, batch norm everywhere), ResNet-18 (no unit reversible) and the fully reversible one.
-Nothing here computes a reference: those are written out in `oracle_references.py`, without the engine.
+The nets are the zoo's, so narrow and on so small images that a run takes a tenth of a second: RevNet-18 (10
+units, three of them downsampling, batch norm everywhere), ResNet-18 (no unit reversible) and the fully
+reversible one. Nothing here computes a reference: those are written out in `oracle_references.py`, without
+the engine.
 """
 
 import copy
@@ -56,8 +57,8 @@ def schedules(num_stages: int) -> list[str | list[int]]:
 
 
 def cases(stages: Iterable[int] = (1, 2, 3, 10), ks: Iterable[int] = (1, 2, 3)) -> list[tuple]:
-    """Return every (J, k, schedule)."""
-    return [(J, k, s) for J in stages for k in ks for s in schedules(J)]
+    """Return every (number of stages, k, schedule)."""
+    return [(j, k, s) for j in stages for k in ks for s in schedules(j)]
 
 
 def case_id(value: object) -> str:
@@ -85,7 +86,7 @@ def make_net(
 
 
 def microbatches(
-    count: int, *, seed: int = 0, size: int = 4, side: int = 16, dtype: torch.dtype = torch.float64
+    count: int, *, seed: int = 0, size: int = 4, side: int = 12, dtype: torch.dtype = torch.float64
 ) -> list[Microbatch]:
     """Return images (size, 3, side, side) and labels (size,)."""
     generator = torch.Generator().manual_seed(seed)
@@ -173,7 +174,7 @@ def run_engine(
     network: Network,
     data: Sequence[Sequence[Microbatch]],
     *,
-    J: int,
+    stages: int,
     k: int,
     schedule: str | Sequence[int],
     method: str,
@@ -187,13 +188,15 @@ def run_engine(
     trace.stages = make_stages(
         network,
         trace,
-        cuts=CUTS[J] if cuts is None else cuts,
+        cuts=CUTS[stages] if cuts is None else cuts,
         method=method,
         keep=keep,
         optimizer=optimizer,
         statistics_in_forward=statistics_in_forward,
     )
-    pipeline = InProcessPipeline(trace.stages, lookahead=lookaheads(schedule, num_stages=J), accumulation=k)
+    pipeline = InProcessPipeline(
+        trace.stages, lookahead=lookaheads(schedule, num_stages=stages), accumulation=k
+    )
     seen = 0
     for epoch in data:
         pipeline.train(iter(epoch), num_microbatches=len(epoch), offset=seen)

@@ -1,8 +1,9 @@
 """The oracles' references, written out in plain PyTorch: no stage, no schedule, no keeper, no unit's inverse.
 
-Here W_j is the lookahead of stage j, `stage_of[n]` the stage of unit n, k the accumulation. A group of k microbatches is
-averaged over what it holds: Delta += grad / (size of the group). Every stage makes its update n from the same
-microbatches, so one list of snapshots of the whole net, one for each update of the epoch, serves all stages.
+Here W_j is the lookahead of stage j, `stage_of[n]` the stage of unit n, k the accumulation. A group of k
+microbatches is averaged over what it holds: Delta += grad / (size of the group). Every stage makes its update
+n from the same microbatches, so one list of snapshots of the whole net, one for each update of the epoch,
+serves all stages.
 """
 
 import copy
@@ -85,17 +86,17 @@ def train_at_stale_parameters(
     data: Sequence[Sequence[Microbatch]],
     *,
     stage_of: Sequence[int],
-    W: Sequence[int],
+    lookahead: Sequence[int],
     k: int,
     optimizer: OptimizerFactory = sgd,
 ) -> Trace:
-    """The gradient of microbatch i is the whole net's at (theta_j after floor(max(0, i - W_j) / k) updates)_j."""
+    """The gradient of microbatch i is the net's at (theta_j after floor(max(0, i - W_j) / k) updates)_j."""
     trainer = PlainTrainer(network, optimizer=optimizer)
     for epoch in data:
         versions = [trainer.snapshot()]
         for i, (images, labels), size, ends in groups(epoch, k):
             mixed = {
-                name: versions[max(0, i - W[stage_of[unit_of(name)]]) // k][name].requires_grad_()
+                name: versions[max(0, i - lookahead[stage_of[unit_of(name)]]) // k][name].requires_grad_()
                 for name, _ in trainer.named
             }
             loss = functional.cross_entropy(functional_call(trainer.network, mixed, (images,)), labels)
@@ -113,7 +114,7 @@ def train_by_petra(
     data: Sequence[Sequence[Microbatch]],
     *,
     stage_of: Sequence[int],
-    W: Sequence[int],
+    lookahead: Sequence[int],
     k: int,
     reversible: bool = True,
     statistics_in_forward: bool = False,
@@ -121,9 +122,9 @@ def train_by_petra(
 ) -> Trace:
     """PETRA by its equations; with `reversible=False` every unit keeps its input (delayed, keep = inputs).
 
-    Forward of i: x_n = F_n(x_{n-1}; theta_j after max(0, i - W_j) // k updates). Backward of i, with theta_j after
-    i // k updates, the current ones: the input is rebuilt from the output of the unit, (x, x~) = (y~, y - f(y~)), or
-    it is the one kept; then (delta_{n-1}, gradient) = VJP of F_n at that input with delta_n.
+    Forward of i: x_n = F_n(x_{n-1}; theta_j after max(0, i - W_j) // k updates). Backward of i, with theta_j
+    after i // k updates, the current ones: the input is rebuilt from the output of the unit, (x, x~) =
+    (y~, y - f(y~)), or it is the one kept; then (delta_{n-1}, gradient) = VJP of F_n at that input.
     """
     trainer = PlainTrainer(network, optimizer=optimizer)
     units = list(trainer.network.units)
@@ -135,7 +136,7 @@ def train_by_petra(
             kept, x = [], (images,)
             for n, unit in enumerate(units[:-1]):
                 kept.append(x)
-                used = part(versions[max(0, i - W[stage_of[n]]) // k], prefix[n])
+                used = part(versions[max(0, i - lookahead[stage_of[n]]) // k], prefix[n])
                 with torch.no_grad(), statistics_held(unit, held=not statistics_in_forward):
                     x = streams(functional_call(unit, used, x))
             # The head: forward, loss and backward in one go.
@@ -167,11 +168,11 @@ def train_by_petra(
     return trainer.finish()
 
 
-def lookahead(schedule: str | Sequence[int], *, J: int) -> list[int]:
+def lookahead_of(schedule: str | Sequence[int], *, stages: int) -> list[int]:
     """Return W by its definition: J-1-j for tight, 2(J-1-j) for paper, a list is W itself."""
     factor = {"tight": 1, "paper": 2, "sequential": 0}
     if isinstance(schedule, str):
-        return [factor[schedule] * (J - 1 - j) for j in range(J)]
+        return [factor[schedule] * (stages - 1 - j) for j in range(stages)]
     return list(schedule)
 
 

@@ -1,7 +1,7 @@
 """Oracle 1: one stage is plain PyTorch, to the bit.
 
-Everything is compared: each update's averaged gradient, the parameters after it, running statistics, momentum, loss;
-two epochs, the last group of each partial for k = 2 and 3.
+Everything is compared: each update's averaged gradient, the parameters after it, running statistics,
+momentum, loss; two epochs, with partial groups for k = 2 and 3.
 """
 
 import copy
@@ -34,11 +34,12 @@ METHODS = [
 def run(method: str, keep: str = "", *, net: str = "revnet18", k: int = 1, dtype=torch.float64, **options):
     network = make_net(net, dtype=dtype)
     data = epochs(1, dtype=dtype)
-    return run_engine(network, data, J=1, k=k, schedule="tight", method=method, keep=keep, **options)
+    return run_engine(network, data, stages=1, k=k, schedule="tight", method=method, keep=keep, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(1, torch.float64), (2, torch.float64), (3, torch.float64), (3, torch.float32)], ids=str
+)
 @pytest.mark.parametrize("net", ["revnet18", "resnet18", "revnet-iso"])
 def test_one_stage_equals_plain_autograd(net, k, dtype):
     expected = train_plainly(make_net(net, dtype=dtype), epochs(1, dtype=dtype), k=k)
@@ -62,7 +63,7 @@ def test_a_stage_of_the_last_unit_alone_keeps_its_graph_whatever_the_method(meth
     body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5))
     network = Network([body]).double()
     network(epochs(1)[0][0][0])
-    options = {"J": 1, "k": 3, "schedule": "tight", "cuts": []}
+    options = {"stages": 1, "k": 3, "schedule": "tight", "cuts": []}
     actual = run_engine(copy.deepcopy(network), epochs(1), method=method, **options)
     compare(actual, train_plainly(network, epochs(1), k=3))
 
@@ -70,7 +71,7 @@ def test_a_stage_of_the_last_unit_alone_keeps_its_graph_whatever_the_method(meth
 def test_a_weighted_sum_of_gradients_is_the_gradient_of_the_mean_loss():
     """With k a power of two the usual `(loss / k).backward()` gives the same bits too."""
     network, data = make_net(), [epochs(1)[0][:6]]
-    actual = run_engine(network, data, J=1, k=2, schedule="tight", method="backprop")
+    actual = run_engine(network, data, stages=1, k=2, schedule="tight", method="backprop")
     optimizer = sgd(list(network.parameters()))
     for i, (images, labels) in enumerate(data[0]):
         (nn.functional.cross_entropy(network(images), labels) / 2).backward()

@@ -10,44 +10,44 @@ from oracle_references import train_by_petra
 
 from petractl.methods.keeping import InputKeeper, Reconstructor
 
-TOLERANCE = 1e-8
+TOLERANCE = 1e-11
 
 
-def simulate(J: int, k: int, schedule: str | list[int], *, net: str = "revnet18", **options) -> Trace:
-    return train_by_petra(make_net(net), epochs(J), k=k, **geometry(J, schedule), **options)
+def simulate(stages: int, k: int, schedule: str | list[int], *, net: str = "revnet18", **options) -> Trace:
+    return train_by_petra(make_net(net), epochs(stages), k=k, **geometry(stages, schedule), **options)
 
 
-def engine(J: int, k: int, schedule: str | list[int], *, net: str = "revnet18", **options) -> Trace:
-    return run_engine(make_net(net), epochs(J), J=J, k=k, schedule=schedule, **options)
+def engine(stages: int, k: int, schedule: str | list[int], *, net: str = "revnet18", **options) -> Trace:
+    return run_engine(make_net(net), epochs(stages), stages=stages, k=k, schedule=schedule, **options)
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases(), ids=case_id)
-def test_petra_equals_its_equations(J, k, schedule):
-    compare(engine(J, k, schedule, method="petra"), simulate(J, k, schedule), tolerance=TOLERANCE)
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases(), ids=case_id)
+def test_petra_equals_its_equations(stages, k, schedule):
+    compare(engine(stages, k, schedule, method="petra"), simulate(stages, k, schedule), tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases(), ids=case_id)
-def test_delayed_with_inputs_equals_its_equations(J, k, schedule):
-    expected = simulate(J, k, schedule, reversible=False)
-    compare(engine(J, k, schedule, method="delayed", keep="inputs"), expected)
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases(), ids=case_id)
+def test_delayed_with_inputs_equals_its_equations(stages, k, schedule):
+    expected = simulate(stages, k, schedule, reversible=False)
+    compare(engine(stages, k, schedule, method="delayed", keep="inputs"), expected)
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases([3], [2]), ids=case_id)
-def test_a_fully_reversible_net(J, k, schedule):
-    actual = engine(J, k, schedule, net="revnet-iso", method="petra")
-    compare(actual, simulate(J, k, schedule, net="revnet-iso"), tolerance=TOLERANCE)
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases([3], [2]), ids=case_id)
+def test_a_fully_reversible_net(stages, k, schedule):
+    actual = engine(stages, k, schedule, net="revnet-iso", method="petra")
+    compare(actual, simulate(stages, k, schedule, net="revnet-iso"), tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases([3], [2]), ids=case_id)
-def test_without_reversible_units_petra_is_delayed_with_inputs(J, k, schedule):
-    actual = engine(J, k, schedule, net="resnet18", method="petra")
-    compare(actual, simulate(J, k, schedule, net="resnet18"))
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases([3], [2]), ids=case_id)
+def test_without_reversible_units_petra_is_delayed_with_inputs(stages, k, schedule):
+    actual = engine(stages, k, schedule, net="resnet18", method="petra")
+    compare(actual, simulate(stages, k, schedule, net="resnet18"))
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases([3], [2]), ids=case_id)
-def test_statistics_gathered_in_the_forward(J, k, schedule):
-    actual = engine(J, k, schedule, method="petra", statistics_in_forward=True)
-    compare(actual, simulate(J, k, schedule, statistics_in_forward=True), tolerance=TOLERANCE)
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases([3], [2]), ids=case_id)
+def test_statistics_gathered_in_the_forward(stages, k, schedule):
+    actual = engine(stages, k, schedule, method="petra", statistics_in_forward=True)
+    compare(actual, simulate(stages, k, schedule, statistics_in_forward=True), tolerance=TOLERANCE)
 
 
 def test_the_parameters_of_the_forward_are_detected():

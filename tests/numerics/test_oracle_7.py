@@ -1,19 +1,19 @@
 """Oracle 7: at a learning rate of 0, running statistics after an epoch are plain training's.
 
-The same bits where graph or inputs are kept, float tolerance where inputs are rebuilt; and also where the forward
-gathers them (`bn_statistics = "forward"`), then to the bit for every method: a forward sees true inputs.
+The same bits where graph or inputs are kept, float tolerance where inputs are rebuilt; and also where the
+forward gathers them (`bn_statistics = "forward"`), then to the bit for every method: a forward sees true
+inputs.
 """
 
 import pytest
 import torch
-from oracle_cases import EXACT, REBUILT, engine_at_rest, plain_at_rest
+from oracle_cases import AT_REST, EXACT, REBUILT, engine_at_rest, plain_at_rest
 from oracle_nets import (
     Tensors,
     assert_close,
     assert_same_bits,
     case_id,
     cases,
-    epochs,
     make_net,
     run_engine,
     sgd_at_rest,
@@ -33,32 +33,32 @@ def assert_statistics(actual: Tensors, expected: Tensors, *, exact: bool) -> Non
     assert len({int(count) for count in counts}) == 1
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases(), ids=case_id)
-def test_statistics_follow_the_differentiated_evaluation(J, k, schedule):
-    expected = plain_at_rest(J, k).statistics
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases(), ids=case_id)
+def test_statistics_follow_the_differentiated_evaluation(stages, k, schedule):
+    expected = plain_at_rest(k).statistics
     for method, keep in EXACT + REBUILT:
-        actual = engine_at_rest(J, k, schedule, method=method, keep=keep)
+        actual = engine_at_rest(stages, k, schedule, method=method, keep=keep)
         assert_statistics(actual.statistics, expected, exact=(method, keep) in EXACT)
 
 
-@pytest.mark.parametrize(("J", "k", "schedule"), cases(ks=[2]), ids=case_id)
-def test_statistics_follow_the_forward(J, k, schedule):
-    expected = plain_at_rest(J, k).statistics
+@pytest.mark.parametrize(("stages", "k", "schedule"), cases(ks=[2]), ids=case_id)
+def test_statistics_follow_the_forward(stages, k, schedule):
+    expected = plain_at_rest(k).statistics
     for method, keep in EXACT + REBUILT:
-        actual = engine_at_rest(J, k, schedule, method=method, keep=keep, statistics_in_forward=True)
+        actual = engine_at_rest(stages, k, schedule, method=method, keep=keep, statistics_in_forward=True)
         assert_statistics(actual.statistics, expected, exact=True)
 
 
 @pytest.mark.parametrize("method", ["backprop", "reversible"])
-@pytest.mark.parametrize("J", [1, 3])
-def test_locked_methods(J, method):
-    actual = engine_at_rest(J, 2, "sequential", method=method, keep="")
-    assert_statistics(actual.statistics, plain_at_rest(J, 2).statistics, exact=method == "backprop")
+@pytest.mark.parametrize("stages", [1, 3])
+def test_locked_methods(stages, method):
+    actual = engine_at_rest(stages, 2, "sequential", method=method, keep="")
+    assert_statistics(actual.statistics, plain_at_rest(2).statistics, exact=method == "backprop")
 
 
 def test_the_statistics_change():
     start = statistics(make_net())
-    assert all(not torch.equal(b, start[name]) for name, b in plain_at_rest(3, 2).statistics.items())
+    assert all(not torch.equal(b, start[name]) for name, b in plain_at_rest(2).statistics.items())
 
 
 @pytest.mark.parametrize("wrong", ["twice", "never"])
@@ -77,8 +77,8 @@ def test_statistics_updated_twice_or_never_are_detected(wrong, monkeypatch):
     monkeypatch.setattr(InputKeeper, "backward", backward)
     actual = run_engine(
         make_net(),
-        epochs(3)[:1],
-        J=3,
+        AT_REST,
+        stages=3,
         k=2,
         schedule="tight",
         method="delayed",
@@ -86,4 +86,4 @@ def test_statistics_updated_twice_or_never_are_detected(wrong, monkeypatch):
         optimizer=sgd_at_rest,
     )
     with pytest.raises(AssertionError, match="other bits"):
-        assert_statistics(actual.statistics, plain_at_rest(3, 2).statistics, exact=True)
+        assert_statistics(actual.statistics, plain_at_rest(2).statistics, exact=True)
