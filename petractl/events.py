@@ -114,7 +114,6 @@ class EpochTrained(Event):
     lr: float  # of the last stage, at the end of the epoch
     update: int
     data_wait_percent: float | None = None  # share of the seconds spent waiting for data
-    gradient_norm: float | None = None  # Euclidean, over all stages, of the last update
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from petractl.models.weights import save_tensors
 from petractl.recipe.load import load_recipe
 from petractl.run_folder import RunFolder, open_run_folder
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
     """Return loss, top1, top5 (percent) and samples of the last (or best) checkpoint on the test data.
@@ -49,7 +51,7 @@ def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
     return {
         "path": str(out),
         "tensors": len(tensors),
-        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "parameters": sum(t.numel() for name, t in tensors.items() if not name.endswith(STATISTICS)),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }

@@ -53,7 +53,7 @@ class Placement:
 
 def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], *, placement: Placement) -> Scores:
     """Evaluate and put the net back in the mode it was in; the loss has no label smoothing."""
-    was_training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     loss_sum = torch.zeros((), dtype=torch.float64, device=placement.device)
     hits = torch.zeros(2, dtype=torch.int64, device=placement.device)
@@ -66,7 +66,8 @@ def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], *, placement:
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
             samples += labels.shape[0]
-    network.train(was_training)
+    for module, training in modes:  # one by one: a part may have been put in evaluation mode on purpose
+        module.training = training
     top1, top5 = (100.0 * int(n) / samples for n in hits.tolist())
     return Scores(float(loss_sum) / samples, top1, top5, samples)
 

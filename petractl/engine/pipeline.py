@@ -14,6 +14,7 @@ from petractl.engine.messages import Activation, Gradient
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
 from petractl.engine.stage import Stage
 from petractl.engine.transport import Mailbox
+from petractl.errors import RunError
 
 MicrobatchSource = Iterator[tuple[Tensor, Tensor]]
 """Images (n, c, h, w) and labels (n,), one microbatch after the other."""
@@ -100,7 +101,10 @@ class InProcessPipeline:
     def _take_activation(self, j: int, i: int, source: MicrobatchSource) -> Activation:
         if j > 0:
             return self._seats[j].activations.receive(i)
-        images, labels = next(source)
+        microbatch = next(source, None)
+        if microbatch is None:
+            raise RunError(f"the data ended after {i} microbatches", where="stage 0", hint="check the data")
+        images, labels = microbatch
         return Activation(i, (images,), labels)
 
     def _send_down(self, j: int, message: Gradient) -> None:

@@ -42,7 +42,7 @@ class Totals:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a microbatch: its mean loss and its correct answers."""
         count = labels.shape[0]
-        weighted = loss.detach() * count
+        weighted = loss.detach().double() * count
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         self.samples += count
         self.loss = weighted if self.loss is None else self.loss + weighted
@@ -121,7 +121,7 @@ class Stage:
         self.totals.add(loss, logits, message.labels)
         gradients = torch.autograd.grad(loss, [logits])
         down = head.backward(kept, None, gradients, microbatch=self.offset + i, parameters=None)
-        _accumulate(head, down.parameter_gradients, weight)
+        _accumulate(head, down.parameter_gradients, weight, messages=(*gradients, *down.gradients))
         result = self._run_backward(body, down.inputs, down.gradients, flight, i, weight)
         self.counters.forwards += 1
         self.counters.backwards += 1
@@ -166,7 +166,8 @@ class Stage:
                 parameters=flight.parameters[n],
             )
             flight.kept[n] = None
-            _accumulate(keeper, down.parameter_gradients, weight)
+            messages = (*gradients, *down.gradients)
+            _accumulate(keeper, down.parameter_gradients, weight, messages=messages)
             streams, gradients = down.inputs, down.gradients
         return Gradient(i, streams if self.sends_streams else None, gradients)
 
@@ -194,15 +195,25 @@ class Stage:
         self._version = None
 
 
-def _accumulate(keeper: Keeper, gradients: Sequence[Tensor | None], weight: float) -> None:
-    """Add the weighted gradients to the parameters' running average, in the parameters' memory layout."""
+def _accumulate(
+    keeper: Keeper, gradients: Sequence[Tensor | None], weight: float, *, messages: Streams
+) -> None:
+    """Add the weighted gradients to the parameters' running average, in the parameters' memory layout.
+
+    A first gradient is taken over as it is, unless its memory is also another's: a parameter's, or a
+    message's that a neighbour may still read when the optimiser writes here.
+    """
+    taken = {message.untyped_storage().data_ptr() for message in messages}
     for p, g in zip(keeper.evaluator.parameters, gradients, strict=True):
         if g is None:
             continue
         if p.grad is not None:
             p.grad.add_(g, alpha=weight)
-        elif g.stride() == p.stride() and g.dtype == p.dtype:
-            p.grad = g if weight == 1.0 else g * weight
-        else:
+        elif g.stride() != p.stride() or g.dtype != p.dtype:
             # One layout for gradient, momentum and parameter: a resumed run then adds in the same order.
             p.grad = torch.empty_like(p).copy_(g).mul_(weight)
+        elif weight == 1.0 and g.untyped_storage().data_ptr() not in taken:
+            p.grad = g
+            taken.add(g.untyped_storage().data_ptr())
+        else:
+            p.grad = g * weight

@@ -88,7 +88,6 @@ class Trainer:
 
     def run(self, state: TrainingState) -> Outcome:
         """Train from `state` to the last epoch."""
-        self._network.train()
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))

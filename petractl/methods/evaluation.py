@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from petractl.errors import UserError
 from petractl.methods.randomness import derive_seed, seed_device
-from petractl.models.units import Reconstruction, Reversible, Streams, as_streams
+from petractl.models.units import Reconstruction, Reversible, Streams, as_streams, parts_begin_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,20 @@ class Linearization:
     def vjp(self, gradients: Streams) -> tuple[Streams, list[Tensor | None]]:
         """Return the gradients of inputs and parameters; frees the graph.
 
-        An input that needs no gradient (images) gets an empty place: zeros are never made for it.
+        Where no input needs a gradient (images) there are none; beside others, one that cannot have one (an
+        index, a mask) gets zeros.
         """
         wanted = [x for x in self.inputs if x.requires_grad]
         pairs = [(y, g) for y, g in zip(self.outputs, gradients, strict=True) if y.requires_grad]
         targets = [*wanted, *self.parameters]
-        if not pairs or not targets:
-            return (), [None] * len(self.parameters)
-        outputs, seeds = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, targets, seeds, allow_unused=True)
-        grads_in = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=False))
-        return grads_in, list(found[len(wanted) :])
+        found: Sequence[Tensor | None] = [None] * len(targets)
+        if pairs and targets:
+            outputs, seeds = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, targets, seeds, allow_unused=True)
+        of_inputs = {id(x): g for x, g in zip(wanted, found, strict=False)}
+        gradients_in = [(x, of_inputs.get(id(x))) for x in self.inputs] if wanted else []
+        filled = tuple(torch.zeros_like(x) if g is None else g for x, g in gradients_in)
+        return filled, list(found[len(wanted) :])
 
 
 class Evaluator:
@@ -70,7 +73,7 @@ class Evaluator:
         self._autocast_dtype = autocast_dtype
         self._slots = _parameter_slots(unit, self.parameters)
         self._norms = [m for m in unit.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-        self._other_buffers = _other_buffers(unit, self._norms)
+        self._buffer_slots = _other_buffer_slots(unit, self._norms)
 
     def plain(
         self, inputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
@@ -104,21 +107,33 @@ class Evaluator:
 
     def _evaluate(self, inputs: Streams) -> Streams:
         versions = [x._version for x in inputs]
-        outputs = self._float32(as_streams(self.unit(*inputs)))
+        try:
+            outputs = self._float32(as_streams(self.unit(*inputs)))
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" in str(error):
+                raise self._changes_its_input() from error
+            raise
         if versions != [x._version for x in inputs]:
-            raise UserError(
-                "it changes its input in place, which its neighbour or its own backward still needs",
-                where=f"unit {self.index} ({self.name})",
-                hint="use the out-of-place form, for example ReLU(inplace=False)",
-            )
+            raise self._changes_its_input()
         return outputs
+
+    def _changes_its_input(self) -> UserError:
+        return UserError(
+            "it changes its input in place, which its neighbour or its own backward still needs",
+            where=f"unit {self.index} ({self.name})",
+            hint="use the out-of-place form, for example ReLU(inplace=False)",
+        )
 
     @contextmanager
     def _conditions(
         self, microbatch: int, *, live: bool, parameters: Sequence[Tensor] | None
     ) -> Iterator[None]:
-        seed_device(derive_seed(self._seed, self.index, microbatch), device=self._device)
+        def seed(*part: int) -> None:
+            seed_device(derive_seed(self._seed, self.index, microbatch, *part), device=self._device)
+
+        seed()
         with ExitStack() as stack:
+            stack.enter_context(parts_begin_with(seed))
             if parameters is not None:
                 stack.enter_context(self._substituted(parameters))
             if not live:
@@ -152,16 +167,20 @@ class Evaluator:
     @contextmanager
     def _frozen_statistics(self) -> Iterator[None]:
         """Normalise by batch statistics and leave every buffer as it is."""
-        kept = [b.clone() for b in self._other_buffers]
-        for norm in self._norms:
+        kept = [(table, key, table[key], _copy(table[key])) for table, key in self._buffer_slots]
+        training = [norm for norm in self._norms if norm.training]
+        for norm in training:
             norm.track_running_stats = False
         try:
             yield
         finally:
-            for norm in self._norms:
+            for norm in training:
                 norm.track_running_stats = True
-            for buffer, value in zip(self._other_buffers, kept, strict=True):
-                buffer.copy_(value)
+            for table, key, buffer, copy in kept:
+                table[key] = buffer
+                # Only what was changed: a graph that uses the buffer would be invalid after a copy into it.
+                if buffer is not None and copy is not None and buffer._version != copy[0]:
+                    buffer.copy_(copy[1])
 
 
 def _leaf(x: Tensor, *, requires_grad: bool) -> Tensor:
@@ -181,7 +200,14 @@ def _parameter_slots(
     return slots
 
 
-def _other_buffers(unit: nn.Module, norms: Sequence[nn.Module]) -> list[Tensor]:
-    """Return the buffers that a batch norm does not own: they are put back by value."""
-    owned = {id(b) for norm in norms for b in norm.buffers()}
-    return [b for b in unit.buffers() if id(b) not in owned]
+def _other_buffer_slots(
+    unit: nn.Module, norms: Sequence[nn.Module]
+) -> list[tuple[dict[str, Tensor | None], str]]:
+    """Return the places of the buffers that no batch norm owns: those are put back by hand."""
+    owners = {id(norm) for norm in norms}
+    return [(m._buffers, key) for m in unit.modules() if id(m) not in owners for key in m._buffers]
+
+
+def _copy(buffer: Tensor | None) -> tuple[int, Tensor] | None:
+    """Return a buffer's count of in-place changes and its value."""
+    return None if buffer is None else (buffer._version, buffer.clone())

@@ -9,7 +9,9 @@ backward of the inner function, where "invert, then run forward again, then diff
 and one backward.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -21,6 +23,29 @@ Streams = tuple[Tensor, ...]
 
 VectorJacobian = Callable[[Streams, Sequence[Tensor]], tuple[Streams, list[Tensor | None]]]
 """(output gradients, parameters) -> (input gradients, one gradient or None per parameter)."""
+
+
+_begin_part: ContextVar[Callable[[int], None] | None] = ContextVar("begin_part", default=None)
+
+
+@contextmanager
+def parts_begin_with(prepare: Callable[[int], None]) -> Iterator[None]:
+    """Have a composed unit call `prepare(n)` before it evaluates its part n.
+
+    Going down, the parts are evaluated in another order than going up: each must find the random numbers
+    that it drew before, whatever the others draw.
+    """
+    token = _begin_part.set(prepare)
+    try:
+        yield
+    finally:
+        _begin_part.reset(token)
+
+
+def _begin(part: int) -> None:
+    prepare = _begin_part.get()
+    if prepare is not None:
+        prepare(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +123,8 @@ class Coupling(nn.Module):
 
         def vjp(gradients: Streams, parameters: Sequence[Tensor]) -> tuple[Streams, list[Tensor | None]]:
             gy, gyt = gradients
+            if not fx.requires_grad:
+                return (gyt, gy), [None] * len(parameters)
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 fx, [x, *parameters], gy.to(fx.dtype), allow_unused=True
             )
@@ -121,21 +148,27 @@ class TwoFunctionCoupling(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> Streams:
         """Map two streams of equal shape to two of the same shape."""
+        _begin(0)
         y1, x2 = self.first(x2, x1)
+        _begin(1)
         y2, y1 = self.second(y1, x2)
         return y1, y2
 
     def inverse(self, *outputs: Tensor) -> Streams:
         """Return (x1, x2)."""
         y1, y2 = outputs
+        _begin(1)
         y1, x2 = self.second.inverse(y2, y1)
+        _begin(0)
         x2, x1 = self.first.inverse(y1, x2)
         return x1, x2
 
     def reconstruct(self, *outputs: Tensor) -> Reconstruction:
         """Rebuild (x1, x2), one evaluation of g and one of f, both with a graph."""
         y1, y2 = outputs
+        _begin(1)
         second = self.second.reconstruct(y2, y1)
+        _begin(0)
         first = self.first.reconstruct(*second.inputs)
         x2, x1 = first.inputs
 

@@ -206,7 +206,7 @@ def _metrics(record: dict[str, object]) -> tuple[int, dict[str, object]]:
     match record:
         case {"event": EpochTrained.name, "epoch": int(epoch)}:
             values = {f"train/{key}": record[key] for key in ("loss", "top1", "seconds")}
-            others = ("images_per_s", "lr", "update", "data_wait_percent", "gradient_norm")
+            others = ("images_per_s", "lr", "update", "data_wait_percent")
             return epoch, values | {key: record[key] for key in others}
         case {"event": Evaluated.name, "epoch": int(epoch)}:
             return epoch, {f"{record['split']}/{key}": record[key] for key in ("loss", "top1", "top5")}

@@ -1,5 +1,6 @@
-"""What `build` makes of a recipe; and the names that the recipe's schema lists are those of the registries."""
+"""What `build` makes of a recipe; the names in the recipe's schema are those of the registries."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def load(*overrides: str) -> LoadedRecipe:
 def test_the_schema_lists_the_registries_names() -> None:
     assert set(schema.MODEL_NAMES) == set(list_models())
     assert set(schema.DATASET_NAMES) == set(list_datasets())
-    assert schema.METHOD_NAMES == method_names()
+    assert method_names() == schema.METHOD_NAMES
     assert set(schema.LOCKED_METHODS) == {spec.name for spec in METHODS if spec.locked}
     assert schema.OPTIMIZER_NAMES == OPTIMIZERS
     assert set(schema.TrainingSection.model_fields["lr_decay"].annotation.__args__) == set(DECAYS)
@@ -59,7 +60,7 @@ def test_the_chosen_cuts_are_in_the_resolved_recipe() -> None:
 def test_flops_balance_the_stages() -> None:
     plan = build.check(load("partition.stages=4"))
     bounds = [0, *plan.cuts, 10]
-    sums = [sum(c.flops for c in plan.costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    sums = [sum(c.flops for c in plan.costs[a:b]) for a, b in pairwise(bounds)]
     assert max(sums) <= 1.5 * sum(sums) / 4
 
 

@@ -63,7 +63,6 @@ def test_the_net_is_left_as_it_was():
     assert not network.training
 
 
-@pytest.mark.xfail(strict=True, reason="train() is called on the whole net afterwards")
 def test_a_part_in_evaluation_mode_stays_so():
     """A model of the user's may freeze a batch norm by putting it in evaluation mode."""
     network = make_network()

@@ -191,7 +191,6 @@ def test_stages_and_lookahead_must_match():
         )
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="a source that ends too early is not explained")
 def test_a_source_that_ends_too_early_is_an_error_that_says_so():
     """StopIteration would end a caller's loop over a generator as if all were well."""
     pipeline = make_pipeline(make_stages(make_units(), "petra"))

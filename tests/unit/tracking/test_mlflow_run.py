@@ -29,7 +29,7 @@ def test_metrics_are_named_by_split_and_stepped_by_epoch(tmp_path):
     assert by_key["test/top1", 2] == 83.0
     assert by_key["images_per_s", 2] == 5321.4
     assert by_key["staleness_updates/stage_00", 0] == 0.5
-    assert "gradient_norm" not in {p.key for p in points}  # it was not measured
+    assert "data_wait_percent" not in {p.key for p in points}  # it was not measured
 
 
 def test_progress_within_an_epoch_is_no_metric():
