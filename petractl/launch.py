@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
 from petractl.engine.stage import Counters
 from petractl.engine.trainer import Outcome, Trainer, TrainingState
-from petractl.errors import Problem, RecipeError, RunError, UserError
+from petractl.errors import Problem, RecipeError
 from petractl.events import (
     CheckpointSaved,
     EventBus,
@@ -91,7 +92,7 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
     saved, damaged = checkpoint.newest_checkpoint(folder.checkpoints)
     state = _state_of(saved)
     if state.epochs_done >= loaded.recipe.training.epochs:
-        _say(f"{run}: finished, {state.epochs_done} epochs are done; nothing to do")
+        sys.stderr.write(f"{run}: finished, {state.epochs_done} epochs are done; nothing to do\n")
         return 0
     plan = build.check(loaded)
     _prepare_process(plan)
@@ -337,12 +338,3 @@ def _flattened(recipe: Recipe) -> dict[str, str]:
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
     text["tracking.uri"] = mask_credentials(text["tracking.uri"])
     return text
-
-
-def _say(line: str) -> None:
-    import sys
-
-    sys.stderr.write(f"{line}\n")
-
-
-__all__ = ["RunError", "UserError", "resume", "run"]
