@@ -102,8 +102,10 @@ class _Problems:
             self.add(error.where or key, error.what, error.hint)
 
 
-def check(loaded: LoadedRecipe) -> CheckedPlan:
+def check(loaded: LoadedRecipe, *, starting_weights: bool = True) -> CheckedPlan:
     """Find out everything that can be known before the first step; the net is built on the meta device.
+
+    `starting_weights` is false where a checkpoint takes their place: their file may be gone by then.
 
     Raises:
         RecipeError: every problem that was found.
@@ -117,7 +119,8 @@ def check(loaded: LoadedRecipe) -> CheckedPlan:
     if info is not None:
         _check_batches(recipe, info, problems)
     # A wrong place of the data must not hide what is wrong with the net.
-    plan = _check_model(recipe, info or _stand_in(recipe), device, problems)
+    weights = recipe.model.weights if starting_weights else ""
+    plan = _check_model(recipe, info or _stand_in(recipe), device, weights, problems)
     if problems.found:
         raise RecipeError(problems.found, where=str(loaded.path))
     assert plan is not None, "no problem was found"
@@ -125,7 +128,7 @@ def check(loaded: LoadedRecipe) -> CheckedPlan:
 
 
 def _check_model(
-    recipe: Recipe, info: DataInfo, device: torch.device, problems: _Problems
+    recipe: Recipe, info: DataInfo, device: torch.device, weights: str, problems: _Problems
 ) -> CheckedPlan | None:
     classes = recipe.model.classes or info.classes
     stem = _stem(recipe, info)
@@ -139,8 +142,9 @@ def _check_model(
         model = _build_units(recipe, classes=classes, stem=stem, channels=info.channels)
         costs = unit_costs(model.units, input_shape=(info.channels, info.height, info.width))
         _check_output(costs[-1], info.classes)
-        if recipe.model.weights:
-            load_weights(Network(model.units), Path(recipe.model.weights))
+        if weights:
+            load_weights(Network(model.units), Path(weights))
+        _check_single_samples(recipe, info, model, problems)
         _make_optimizer(recipe, list(model.units[-1].named_parameters()))
         spec = method_spec(recipe.method.name, keep=recipe.method.keep)
         reversible = [is_reversible(unit) for unit in model.units]
@@ -165,7 +169,7 @@ def _check_model(
     return None
 
 
-def build(plan: CheckedPlan) -> Built:
+def build(plan: CheckedPlan, *, starting_weights: bool = True) -> Built:
     """Make the net, the data and the pipeline.
 
     Raises:
@@ -184,7 +188,7 @@ def build(plan: CheckedPlan) -> Built:
     placement = Placement(plan.device, _memory_format(recipe), _autocast_dtype(recipe))
     network = build_network(plan)
     left: tuple[str, ...] = ()
-    if recipe.model.weights:
+    if recipe.model.weights and starting_weights:
         left = load_weights(network, Path(recipe.model.weights)).left
     network.to(plan.device)
     steps = training_data.steps_per_epoch
@@ -308,6 +312,16 @@ def _build_units(recipe: Recipe, *, classes: int, stem: str, channels: int) -> B
         depth=recipe.model.depth,
         arguments=recipe.model.arguments,
     )
+
+
+def _check_single_samples(recipe: Recipe, info: DataInfo, model: BuiltModel, problems: _Problems) -> None:
+    """Find batch norms that would see a single value per channel."""
+    if recipe.data.batch_size > 1:
+        return
+    try:
+        unit_costs(model.units, input_shape=(info.channels, info.height, info.width), samples=1)
+    except UserError as error:
+        problems.add("data.batch_size", f"1 is too few for this net: {error.what}", "give 2 or more")
 
 
 def _check_output(cost: UnitCost, data_classes: int) -> None:

@@ -92,7 +92,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob("epoch-*/" + MANIFEST))
+    found = [path.parent for path in folder.glob("epoch-*/" + MANIFEST)]
+    return sorted((path for path in found if _epoch(path) is not None), key=lambda path: _epoch(path) or 0)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[RunError]]:
@@ -106,16 +107,25 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[RunError]]:
     return None, errors
 
 
-def prune_checkpoints(folder: Path, *, keep_last: int, best_epoch: int | None) -> None:
-    """Delete all but the last `keep_last` and the best."""
-    paths = checkpoint_paths(folder)
+def prune_checkpoints(folder: Path, *, newest_epoch: int, keep_last: int, best_epoch: int | None) -> None:
+    """Delete all but the best and the last `keep_last` up to `newest_epoch`, the one just saved.
+
+    Later ones are damaged, else the run would have gone on from there: they will be written anew, and until
+    then they must not push out those that are whole.
+    """
+    paths = [path for path in checkpoint_paths(folder) if (_epoch(path) or 0) <= newest_epoch]
     kept = {path.name for path in paths[-keep_last:]} | {f"epoch-{best_epoch or 0:04d}"}
     for path in paths:
         if path.name not in kept:
             # Without its manifest a folder is no checkpoint: an interrupted deletion leaves no half one
             # behind.
-            (path / MANIFEST).unlink()
+            (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _epoch(path: Path) -> int | None:
+    digits = path.name.removeprefix("epoch-")
+    return int(digits) if digits.isdecimal() else None
 
 
 def _damaged(path: Path, what: str) -> RunError:

@@ -11,7 +11,7 @@ from petractl.checkpoint import Checkpoint, checkpoint_paths, load_checkpoint, n
 from petractl.engine.evaluation import evaluate as evaluate_network
 from petractl.errors import RunError, UserError
 from petractl.models.weights import save_tensors
-from petractl.recipe.load import load_recipe
+from petractl.recipe.load import LoadedRecipe, load_recipe
 from petractl.run_folder import RunFolder, open_run_folder
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -26,7 +26,7 @@ def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
     """
     folder = open_run_folder(run)
     saved = _checkpoint(folder, best=best)
-    plan = build.check(load_recipe(folder.resolved))
+    plan = build.check(_recipe(folder), starting_weights=False)
     torch.set_num_threads(build.num_threads(plan.recipe))
     network = build.build_network(plan)
     network.load_state_dict(saved.tensors["model"])
@@ -44,6 +44,10 @@ def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
         UserError: no such run, no checkpoint yet, or `out` cannot be written.
         RunError: the checkpoint is damaged.
     """
+    if out.is_dir():
+        raise UserError(
+            "this is a folder", where=str(out), hint=f"name a file, for example {out / 'weights.safetensors'}"
+        )
     saved = _checkpoint(open_run_folder(run), best=best)
     tensors = saved.tensors["model"]
     save_tensors(tensors, out)
@@ -55,6 +59,14 @@ def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+
+
+def _recipe(folder: RunFolder) -> LoadedRecipe:
+    """Return the run's recipe, for this machine: a run trained on a GPU can be evaluated without one."""
+    loaded = load_recipe(folder.resolved)
+    if torch.cuda.is_available() or not loaded.recipe.engine.device.startswith("cuda"):
+        return loaded
+    return load_recipe(folder.resolved, overrides=["engine.device=cpu"])
 
 
 def _checkpoint(folder: RunFolder, *, best: bool) -> Checkpoint:

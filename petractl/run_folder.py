@@ -6,9 +6,12 @@
   checkpoints/      last and best                plots/  logs/
 """
 
+import fcntl
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from petractl.errors import RunError, UserError
 RECIPE = "recipe.toml"
 RESOLVED = "resolved.toml"
 ENVIRONMENT = "environment.json"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,24 @@ class RunFolder:
     def resolved(self) -> Path:
         """The recipe with every key, and the cuts that were chosen."""
         return self.path / RESOLVED
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder: two processes must not write one run.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        with (self.path / LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    "another process is training in this folder",
+                    where=str(self.path),
+                    hint="wait for it or stop it; it can be resumed then",
+                ) from None
+            yield
 
     def write_start(self, *, recipe: str, resolved: str, environment: dict[str, Any]) -> None:
         """Write what is known before the first step.

@@ -99,7 +99,7 @@ def epochs(folder: Path) -> int:
 def accuracies(folder: Path) -> list[float]:
     """Return the test accuracy after each epoch, percent."""
     found = {r["epoch"]: r["top1"] for r in records(folder) if r["event"] == "evaluated"}
-    return [float(str(found[epoch])) for epoch in sorted(found, key=str)]
+    return [float(str(found[epoch])) for epoch in sorted(found, key=lambda epoch: int(str(epoch)))]
 
 
 def table(curves: dict[str, list[float]]) -> str:
@@ -125,7 +125,8 @@ def draw(curves: dict[str, list[float]], settings: Sequence[str], path: Path) ->
 
     figure, axes = plt.subplots(figsize=(9, 5.5), dpi=120)
     colours = plt.get_cmap("tab10").colors
-    ends = []
+    ends: list[tuple[float, str, object]] = []
+    means: list[float] = []
     for index, name in enumerate(settings):
         rows = [c for key, c in curves.items() if key.rpartition("_s")[0] == name and c]
         if not rows:

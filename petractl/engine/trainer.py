@@ -4,6 +4,7 @@ The loop waits for the device only where a number is shown: at most twice a seco
 epoch.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,15 @@ from petractl.engine.evaluation import LabelledBatch, Placement, Scores, evaluat
 from petractl.engine.pipeline import InProcessPipeline
 from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Counters
-from petractl.events import EpochStarted, EpochTrained, Evaluated, Event, StageCounted, StepsDone
+from petractl.events import (
+    EpochStarted,
+    EpochTrained,
+    Evaluated,
+    Event,
+    StageCounted,
+    StepsDone,
+    WarningRaised,
+)
 
 PROGRESS_INTERVAL_S = 0.5
 
@@ -85,6 +94,7 @@ class Trainer:
         self._save = save
         self._images = 0
         self._training_s = 0.0
+        self._has_diverged = False
 
     def run(self, state: TrainingState) -> Outcome:
         """Train from `state` to the last epoch."""
@@ -117,6 +127,8 @@ class Trainer:
         loss, top1 = last.totals.means()
         seconds = time.perf_counter() - started
         samples = last.totals.samples
+        if not math.isfinite(loss):
+            self._warn_of_divergence(epoch, loss)
         self._images += samples
         self._training_s += seconds
         self._emit(
@@ -134,6 +146,13 @@ class Trainer:
         )
         for stage, counters in zip(self._pipeline.stages, before, strict=True):
             self._emit(self._counted(epoch, stage.index, steps, stage.counters, counters))
+
+    def _warn_of_divergence(self, epoch: int, loss: float) -> None:
+        if not self._has_diverged:
+            self._has_diverged = True
+            message = f"the training loss of epoch {epoch} is {loss}: the run has diverged"
+            hint = "stop it; lower optimizer.lr, lengthen training.warmup_epochs or set optimizer.clip_norm"
+            self._emit(WarningRaised(message=message, hint=hint))
 
     def _counted(self, epoch: int, stage: int, steps: int, now: Counters, before: Counters) -> StageCounted:
         counted = StageCounted(

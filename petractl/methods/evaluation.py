@@ -112,6 +112,7 @@ class Evaluator:
         except RuntimeError as error:
             if "leaf Variable that requires grad" in str(error):
                 raise self._changes_its_input() from error
+            error.add_note(f"in unit {self.index} ({self.name})")
             raise
         if versions != [x._version for x in inputs]:
             raise self._changes_its_input()

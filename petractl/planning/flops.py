@@ -30,7 +30,9 @@ class UnitCost:
     output_shapes: tuple[tuple[int, ...], ...]
 
 
-def unit_costs(units: Sequence[nn.Module], *, input_shape: Sequence[int]) -> list[UnitCost]:
+def unit_costs(
+    units: Sequence[nn.Module], *, input_shape: Sequence[int], samples: int = _SAMPLES
+) -> list[UnitCost]:
     """Return what each unit costs when the first one gets images of `input_shape` (channels, height, width).
 
     Neither the units nor the random state change. Units on the meta device are welcome.
@@ -38,7 +40,7 @@ def unit_costs(units: Sequence[nn.Module], *, input_shape: Sequence[int]) -> lis
     Raises:
         UserError: a unit cannot be called with what the unit before it returns.
     """
-    streams: Streams = (torch.empty(_SAMPLES, *input_shape, dtype=_dtype(units), device="meta"),)
+    streams: Streams = (torch.empty(samples, *input_shape, dtype=_dtype(units), device="meta"),)
     costs = []
     for index, unit in enumerate(units):
         shapes = ", ".join(str(tuple(stream.shape[1:])) for stream in streams)
@@ -53,7 +55,7 @@ def unit_costs(units: Sequence[nn.Module], *, input_shape: Sequence[int]) -> lis
             ) from error
         costs.append(
             UnitCost(
-                flops=flops // _SAMPLES,
+                flops=flops // samples,
                 parameters=sum(parameter.numel() for parameter in unit.parameters()),
                 output_shapes=tuple(tuple(stream.shape[1:]) for stream in streams),
             )

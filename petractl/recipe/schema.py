@@ -177,7 +177,7 @@ class DataSection(_Section):
     """Samples per batch in evaluation; 0 = batch_size, but at least 256."""
     steps_per_epoch: int = Field(default=0, ge=0)
     """Microbatches per epoch; 0 = one pass over the training data."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=256)
     """Threads that prepare data in the background; 0 = none. The data are the same, whatever the number."""
     augment: bool = True
     """Augment training images: random crop and flip, as far as they suit the data."""
@@ -230,7 +230,7 @@ class EngineSection(_Section):
     """Device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format: "float32", or "bfloat16" autocast with the streams' additions in float32."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 = OMP_NUM_THREADS if it is set, else the number of cores."""
 
 

@@ -233,6 +233,9 @@ class ConsoleListener:
         places = [("run folder", str(run_dir))]
         for which, saved in sorted(self._checkpoints.items()):
             places.append((f"{which} checkpoint", f"{saved.path} (epoch {saved.epoch})"))
+        if "best" not in self._checkpoints and self._finished and self._finished.best_epoch:
+            path = run_dir / "checkpoints" / f"epoch-{self._finished.best_epoch:04d}"
+            places.append(("best checkpoint", f"{path} (epoch {self._finished.best_epoch})"))
         if (run_dir / CURVES_NAME).is_file():
             places.append(("curves", str(run_dir / CURVES_NAME)))
         places.append(("journal", str(run_dir / JOURNAL_NAME)))

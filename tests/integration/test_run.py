@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from petractl.cli.app import app
+from petractl.events import Event, RunFinished
+from petractl.run_folder import RunFolder
 
 SMALL = ("tracking.mlflow=false", "model.width=4", "data.steps_per_epoch=5", "training.epochs=4")
 METHODS = {
@@ -169,6 +171,87 @@ def test_the_partition_changes_no_bit_of_a_locked_method(tmp_path) -> None:
             run(folder, f"method.name={name}", f"partition.stages={stages}", "training.epochs=1")
             digests.add(exported(folder))
         assert len(digests) == 1
+
+
+def test_a_checkpoint_serves_another_partition_to_the_bit(tmp_path) -> None:
+    whole, other = tmp_path / "whole", tmp_path / "other"
+    run(whole, "method.name=backprop", "partition.stages=units", "run.keep_last=9")
+    shutil.copytree(whole, other)
+    drop_checkpoints_after(other, 2)
+    assert call("resume", str(other), "--set", "partition.stages=3").exit_code == 0
+    assert exported(other) == exported(whole)
+
+
+def test_a_second_process_is_kept_out(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "training.epochs=1")
+    with RunFolder(folder).locked():
+        result = call("resume", str(folder), "--set", "training.epochs=2")
+    assert result.exit_code == 2
+    assert "another process" in result.stderr
+
+
+def test_a_run_killed_before_its_last_words_is_finished_by_resume(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert call("resume", str(folder)).exit_code == 0
+    assert journal(folder)[-1]["event"] == "run_finished"
+    assert sum(r["event"] == "epoch_trained" for r in journal(folder)) == 4
+
+
+def test_a_signal_at_the_very_end_does_not_spoil_it(tmp_path, monkeypatch) -> None:
+    def plot(self: object, event: Event, record: object) -> None:
+        if isinstance(event, RunFinished):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("petractl.tracking.plots.CurvePlotter.handle", plot)
+    folder = tmp_path / "run"
+    assert run(folder, "training.epochs=1").exit_code == 0
+    assert journal(folder)[-1]["event"] == "run_finished"
+
+
+def test_a_journal_that_is_gone_does_not_end_a_run(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "run.keep_last=9")
+    expected = exported(folder)
+    drop_checkpoints_after(folder, 2)
+    (folder / "metrics.jsonl").unlink()
+    assert call("resume", str(folder)).exit_code == 0
+    assert exported(folder) == expected
+
+
+def test_starting_weights_may_be_gone_once_there_is_a_checkpoint(tmp_path) -> None:
+    first, fine = tmp_path / "first", tmp_path / "fine"
+    run(first, "training.epochs=1")
+    exported(first)
+    weights = tmp_path / "first.safetensors"
+    run(fine, "training.epochs=1", "training.lr_decay=constant", f"model.weights={weights}")
+    weights.unlink()
+    assert call("eval", str(fine)).exit_code == 0
+    assert call("resume", str(fine), "--set", "training.epochs=2").exit_code == 0
+
+
+def test_what_a_finished_run_cannot_take_is_told(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "training.epochs=2")
+    fewer = call("resume", str(folder), "--set", "training.epochs=1")
+    assert (fewer.exit_code, "2 are done" in fewer.stderr) == (2, True)
+    ignored = call("resume", str(folder), "--set", "partition.stages=2")
+    assert (ignored.exit_code, "not applied: partition.stages=2" in ignored.stderr) == (0, True)
+
+
+def test_a_run_that_diverges_is_told_once(tmp_path) -> None:
+    result = run(tmp_path / "run", "optimizer.lr=1e30")
+    assert result.exit_code == 0
+    assert result.stderr.count("the run has diverged") == 1
+
+
+def test_single_samples_are_refused_where_a_norm_needs_more(tmp_path) -> None:
+    result = run(tmp_path / "run", "data.batch_size=1")
+    assert result.exit_code == 2
+    assert "data.batch_size" in result.stderr
 
 
 def test_more_epochs_may_be_asked_for(tmp_path) -> None:

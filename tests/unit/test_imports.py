@@ -27,6 +27,8 @@ LAYERS = (
     "run_folder",
     "build",
     "results",
+    "interrupts",
+    "session",
     "launch",
     "cli",
     "__main__",

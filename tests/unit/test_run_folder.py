@@ -3,7 +3,7 @@
 import pytest
 
 from petractl.errors import UserError
-from petractl.run_folder import create_run_folder, open_run_folder
+from petractl.run_folder import RunFolder, create_run_folder, open_run_folder
 
 
 def test_a_new_folder_is_named_by_time_and_recipe(tmp_path) -> None:
@@ -30,6 +30,14 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
         create_run_folder(tmp_path / "file" / "run", parent="runs", recipe_name="digits")
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path) -> None:
+    held, second = RunFolder(tmp_path).locked(), RunFolder(tmp_path).locked()
+    with held, pytest.raises(UserError, match="another process"), second:
+        pass
+    with RunFolder(tmp_path).locked():
+        pass
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])

@@ -1,0 +1,234 @@
+"""One stretch of a run, from its start or from a checkpoint to its end or an interruption.
+
+A session joins what `build` made with what watches: it opens the listeners, lets the trainer train, saves
+checkpoints, and ends well, whatever the reason.
+"""
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from petractl import build, checkpoint
+from petractl.engine.memory import peak_memory_bytes
+from petractl.engine.stage import Counters, Stage
+from petractl.engine.trainer import Outcome, Trainer, TrainingState
+from petractl.errors import Problem, RunError
+from petractl.events import (
+    CheckpointSaved,
+    EventBus,
+    RunFailed,
+    RunFinished,
+    RunInterrupted,
+    RunStarted,
+    WarningRaised,
+)
+from petractl.interrupts import Interrupts
+from petractl.optim import load_optimizer_state, optimizer_state
+from petractl.recipe.schema import Recipe
+from petractl.run_folder import RunFolder
+from petractl.tracking.console import ConsoleListener
+from petractl.tracking.journal import Journal
+from petractl.tracking.masking import mask_credentials
+from petractl.tracking.mlflow_tracker import MlflowTracker, how_to_look, tracking_uri
+from petractl.tracking.plots import CurvePlotter
+
+EXIT_INTERRUPTED = 130
+
+
+class Session:
+    """One stretch of a run, from its start or from a checkpoint to its end or an interruption."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        plan: build.CheckedPlan,
+        built: build.Built,
+        *,
+        interrupts: Interrupts,
+        recipe_name: str,
+    ) -> None:
+        self._folder = folder
+        self._interrupts = interrupts
+        self._recipe = plan.recipe
+        self._built = built
+        self._plan = plan
+        self._recipe_name = recipe_name
+        self._notes = [*plan.warnings]
+        if built.left_weights:
+            left = ", ".join(built.left_weights)
+            self._notes.append(Problem("model.weights", f"left as initialised: {left}", ""))
+        self._epoch = 0
+
+    def warn(self, problems: Sequence[Problem]) -> None:
+        """Add warnings to those told at the start."""
+        self._notes += problems
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Put parameters, buffers, optimisers and counters back."""
+        self._built.network.load_state_dict(saved.tensors["model"])
+        counters = Counters(**saved.state["counters"])
+        for stage, parameters in self._stage_parameters():
+            stage.counters = dataclasses.replace(counters)
+            load_optimizer_state(
+                stage.updater.optimizer,
+                parameters,
+                saved.tensors["optimizer"],
+                saved.state["optimizer_numbers"],
+            )
+
+    def train(self, state: TrainingState) -> int:
+        """Run to the end; returns the exit code."""
+        self._epoch = state.epochs_done
+        bus = self._open_bus()
+        started = time.perf_counter()
+        try:
+            self._tell_start(bus, state)
+            outcome = self._trainer(bus).run(state)
+            self._interrupts.finishing = True
+            bus.emit(self._finished_event(outcome, time.perf_counter() - started))
+        except KeyboardInterrupt:
+            command = shlex.join(["petractl", "resume", str(self._folder.path)])
+            bus.emit(RunInterrupted(epoch=self._epoch + 1, resume_command=command))
+            return EXIT_INTERRUPTED
+        except Exception as error:
+            bus.emit(RunFailed(message=f"{type(error).__name__}: {error}"))
+            if _is_out_of_memory(error):
+                raise _out_of_memory(error, self._recipe.data.batch_size) from error
+            raise
+        finally:
+            bus.close()
+        return 0
+
+    def _tell_start(self, bus: EventBus, state: TrainingState) -> None:
+        bus.emit(self._started_event(state))
+        for note in self._notes:
+            message = f"{note.key}: {note.what}" if note.key else note.what
+            bus.emit(WarningRaised(message=message, hint=note.hint))
+        bus.emit(self._built.plan)
+
+    def _trainer(self, bus: EventBus) -> Trainer:
+        every = self._recipe.run.checkpoint_epochs
+
+        def save(state: TrainingState, is_best: bool, is_last: bool) -> None:
+            if is_best or is_last or state.epochs_done % every == 0:
+                bus.emit(self._save(state, is_best))
+            self._interrupts.finishing = is_last
+            self._epoch = state.epochs_done
+
+        return Trainer(
+            self._built.network,
+            pipeline=self._built.pipeline,
+            training_data=self._built.training_data,
+            evaluation_data=self._built.evaluation_data,
+            placement=self._built.placement,
+            epochs=self._recipe.training.epochs,
+            evaluate_every=self._recipe.training.evaluate_every,
+            emit=bus.emit,
+            save=save,
+        )
+
+    def _save(self, state: TrainingState, is_best: bool) -> CheckpointSaved:
+        started = time.perf_counter()
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, bool | int | float] = {}
+        for stage, parameters in self._stage_parameters():
+            more_tensors, more_numbers = optimizer_state(stage.updater.optimizer, parameters)
+            tensors |= more_tensors
+            numbers |= more_numbers
+        path = checkpoint.save_checkpoint(
+            self._folder.checkpoints,
+            epoch=state.epochs_done,
+            tensors={"model": self._built.network.state_dict(), "optimizer": tensors},
+            state={
+                "training": dataclasses.asdict(state),
+                # Every stage has done the same by the end of an epoch: named by none of them.
+                "counters": dataclasses.asdict(self._built.pipeline.stages[0].counters),
+                "optimizer_numbers": numbers,
+            },
+        )
+        checkpoint.prune_checkpoints(
+            self._folder.checkpoints,
+            newest_epoch=state.epochs_done,
+            keep_last=self._recipe.run.keep_last,
+            best_epoch=state.best_epoch,
+        )
+        seconds = time.perf_counter() - started
+        return CheckpointSaved(epoch=state.epochs_done, path=str(path), best=is_best, seconds=seconds)
+
+    def _stage_parameters(self) -> Iterator[tuple[Stage, list[tuple[str, torch.nn.Parameter]]]]:
+        names = dict(self._built.network.named_parameters())
+        name_of = {id(p): name for name, p in names.items()}
+        for stage in self._built.pipeline.stages:
+            groups = stage.updater.optimizer.param_groups
+            yield stage, [(name_of[id(p)], p) for group in groups for p in group["params"]]
+
+    def _open_bus(self) -> EventBus:
+        """Subscribe the listeners: the journal hears of everything first, MLflow finds the curves drawn."""
+        bus = EventBus()
+        path, tracking = self._folder.path, self._recipe.tracking
+        uri = tracking_uri(tracking.uri, directory=Path(self._recipe.run.directory))
+        bus.subscribe(Journal(path))
+        bus.subscribe(ConsoleListener(tracking=how_to_look(uri) if tracking.mlflow else ""))
+        bus.subscribe(CurvePlotter(path))
+        if tracking.mlflow:
+            bus.subscribe(
+                MlflowTracker(
+                    path,
+                    uri=uri,
+                    experiment=tracking.experiment,
+                    run_name=tracking.run_name or path.name,
+                    parameters=_flattened(self._recipe),
+                    on_warning=lambda message, hint: bus.emit(WarningRaised(message=message, hint=hint)),
+                )
+            )
+        return bus
+
+    def _started_event(self, state: TrainingState) -> RunStarted:
+        return RunStarted(
+            run_dir=str(self._folder.path),
+            recipe_name=self._recipe_name,
+            method=self._built.plan.method,
+            model=self._recipe.model.name,
+            dataset=self._recipe.data.name,
+            resumed_from_epoch=state.epochs_done or None,
+        )
+
+    def _finished_event(self, outcome: Outcome, seconds: float) -> RunFinished:
+        state, scores = outcome.state, outcome.state.scores
+        return RunFinished(
+            epochs=state.epochs_done,
+            seconds=seconds,
+            best_top1=state.best_top1,
+            best_epoch=state.best_epoch,
+            final_loss=scores.loss if scores else None,
+            final_top1=scores.top1 if scores else None,
+            final_top5=scores.top5 if scores else None,
+            images_per_s=outcome.images / outcome.training_s if outcome.training_s else 0.0,
+            peak_memory_bytes=peak_memory_bytes(self._plan.device),
+        )
+
+
+def _flattened(recipe: Recipe) -> dict[str, str]:
+    """Return every key as `section.key` with its value as text, the address of a server without secrets."""
+    values = recipe.model_dump(mode="json")
+    flat = {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
+    text["tracking.uri"] = mask_credentials(text["tracking.uri"])
+    return text
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell a lack of memory from other errors; the CPU's allocator has no type of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: Exception, batch_size: int) -> RunError:
+    return RunError(
+        f"out of memory: {str(error).splitlines()[0]}",
+        hint=f"lower data.batch_size (now {batch_size}), raise method.accumulation; checkpoints are intact",
+    )
