@@ -19,22 +19,22 @@ from torch.nn import functional
 
 from petractl.data import DataInfo, TrainLoader, describe_data, open_data
 from petractl.data.order import TrainOrder
-from petractl.engine.assembly import assemble_stages, stage_bounds
+from petractl.engine.assembly import assemble_stages
 from petractl.engine.evaluation import Placement
 from petractl.engine.pipeline import InProcessPipeline
 from petractl.engine.schedule import lookaheads, num_updates
 from petractl.engine.trainer import EvaluationData
 from petractl.engine.update import Updater
 from petractl.errors import Problem, RecipeError, UserError
-from petractl.events import PlanMade, StagePlan
-from petractl.methods.family import Keep, Keeping, MethodSpec, keepings, method_spec
+from petractl.events import PlanMade
+from petractl.methods.family import Keeping, MethodSpec, keepings, method_spec
 from petractl.methods.randomness import derive_seed
 from petractl.models.registry import BuiltModel, build_model
 from petractl.models.units import Network, is_reversible
 from petractl.models.weights import load_weights
 from petractl.optim import LearningRate, build_optimizer, clip_norm_
 from petractl.planning.flops import UnitCost, unit_costs
-from petractl.planning.partition import partition, partition_uniform
+from petractl.planning.stages import balanced_cuts, stage_plans
 from petractl.recipe.load import LoadedRecipe
 from petractl.recipe.schema import Recipe
 
@@ -390,13 +390,7 @@ def _choose_cuts(
             f'give at most {units}, or "units"',
         )
         return ()
-    if choice.balance == "uniform":
-        return partition_uniform(units, stages)
-    if choice.balance == "parameters":
-        return partition([cost.parameters for cost in costs], stages)
-    # Forward and backward in forwards: three where the graph is kept, four where the forward is run again.
-    passes = [3 if item.keep is Keep.GRAPH else 4 for item in kept]
-    return partition([cost.flops * n for cost, n in zip(costs, passes, strict=True)], stages)
+    return balanced_cuts(costs, kept=kept, num_stages=stages, balance=choice.balance)
 
 
 def _choose_lookahead(recipe: Recipe, spec: MethodSpec, stages: int, problems: _Problems) -> tuple[int, ...]:
@@ -468,7 +462,14 @@ def _plan_event(plan: CheckedPlan, info: DataInfo, steps: int) -> PlanMade:
     elif recipe.engine.slack and schedule == "tight":
         schedule = f"tight + slack {recipe.engine.slack}"
     return PlanMade(
-        stages=tuple(_stage_plans(plan)),
+        stages=stage_plans(
+            names=plan.names,
+            kept=plan.keepings,
+            costs=plan.costs,
+            cuts=plan.cuts,
+            lookahead=plan.lookahead,
+            accumulation=k,
+        ),
         microbatch_size=recipe.data.batch_size,
         accumulation=k,
         samples_per_update=recipe.data.batch_size * k,
@@ -484,35 +485,3 @@ def _plan_event(plan: CheckedPlan, info: DataInfo, steps: int) -> PlanMade:
         device=str(plan.device),
         threads=num_threads(recipe),
     )
-
-
-def _stage_plans(plan: CheckedPlan) -> Iterator[StagePlan]:
-    bounds = stage_bounds(plan.cuts, num_units=len(plan.costs))
-    for j, (first, end) in enumerate(bounds):
-        lookahead = plan.lookahead[j]
-        is_last = j == len(bounds) - 1
-        yield StagePlan(
-            index=j,
-            units=_unit_names(plan.names[first:end]),
-            num_units=end - first,
-            parameters=sum(cost.parameters for cost in plan.costs[first:end]),
-            flops=float(sum(cost.flops for cost in plan.costs[first:end])),
-            keeps="nothing" if is_last else _kept_words(plan.keepings[first:end]),
-            lookahead=lookahead,
-            staleness_updates=lookahead / plan.recipe.method.accumulation,
-        )
-
-
-def _unit_names(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"
-
-
-def _kept_words(kept: Sequence[Keeping]) -> str:
-    words = []
-    for keep, noun in ((Keep.GRAPH, "graph"), (Keep.INPUT, "input")):
-        count = sum(item.keep is keep for item in kept)
-        if count:
-            words.append(noun if len(kept) == 1 else f"{noun} of {count} of {len(kept)} units")
-    if any(item.parameters and item.keep is not Keep.GRAPH for item in kept):
-        words.append("parameters")
-    return " + ".join(words) or "nothing"
