@@ -152,6 +152,9 @@ def _check_model(
         kept = keepings(spec, reversible)
         cuts = _choose_cuts(recipe, spec, costs, kept, problems)
         lookahead = _choose_lookahead(recipe, spec, len(cuts) + 1, problems)
+        if 0 < info.train_samples < recipe.data.batch_size:
+            what = f"{recipe.data.batch_size} is more than the {info.train_samples} samples"
+            warnings.append(Problem("data.batch_size", what, "every microbatch will hold all of them"))
         return CheckedPlan(
             recipe=recipe.with_cuts(cuts),
             info=info,

@@ -129,7 +129,9 @@ def _epoch(path: Path) -> int | None:
 
 
 def _damaged(path: Path, what: str) -> RunError:
-    return RunError(what, where=str(path), hint="an earlier checkpoint is used where there is one")
+    return RunError(
+        what, where=str(path), hint="`petractl resume` goes on from an earlier one, if one is whole"
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -37,6 +37,9 @@ class Interrupts:
             self._answered = True
             sys.stderr.write("all epochs are done and saved, finishing; once more to stop at once\n")
             return
+        if not self._answered:
+            self._answered = True
+            sys.stderr.write("stopping\n")
         raise KeyboardInterrupt
 
 

@@ -14,7 +14,7 @@ from petractl import build, checkpoint
 from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory
 from petractl.engine.trainer import TrainingState
-from petractl.errors import DataError, Problem, RecipeError, UserError
+from petractl.errors import DataError, Problem, RecipeError, RunError, UserError
 from petractl.events import RunFinished, RunStarted
 from petractl.interrupts import Interrupts
 from petractl.recipe.load import LoadedRecipe, load_recipe
@@ -75,6 +75,12 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
         loaded = load_recipe(folder.resolved, overrides=overrides)
         _check_tracking(loaded)
         saved, damaged = checkpoint.newest_checkpoint(folder.checkpoints)
+        if saved is None and damaged:
+            raise RunError(
+                f"no checkpoint is whole: {'; '.join(f'{e.where}: {e.what}' for e in damaged)}",
+                where=str(run),
+                hint=f"to train again from the start, delete {folder.checkpoints}",
+            )
         state = _state_of(saved)
         name, is_finished = _told_before(folder)
         if is_finished and _is_done(run, state, loaded, overrides):
@@ -84,7 +90,7 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
         built = build.build(plan, starting_weights=saved is None)
         folder.write_resolved(render(plan.recipe))
         session = Session(folder, plan, built, interrupts=interrupts, recipe_name=name)
-        session.warn([Problem("", str(error.what), str(error.where)) for error in damaged])
+        session.warn(_lost(damaged, state, run))
         session.warn([*loaded.warnings, *_length_warning(state, overrides)])
         if saved is not None:
             session.restore(saved)
@@ -110,6 +116,16 @@ def _is_done(run: Path, state: TrainingState, loaded: LoadedRecipe, overrides: S
     if overrides:
         sys.stderr.write(f"warning: not applied: {', '.join(overrides)}\n")
     return True
+
+
+def _lost(damaged: Sequence[RunError], state: TrainingState, run: Path) -> list[Problem]:
+    """Return what a resumed run has lost, and where it goes on instead."""
+    start = (
+        f"it goes on after epoch {state.epochs_done}" if state.epochs_done else "it starts again from epoch 1"
+    )
+    if not damaged and not state.epochs_done:
+        return [Problem("", f"{run} has no checkpoint: {start}")]
+    return [Problem("", f"{error.where}: {error.what}: {start}") for error in damaged]
 
 
 def _length_warning(state: TrainingState, overrides: Sequence[str]) -> list[Problem]:

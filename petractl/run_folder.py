@@ -93,6 +93,8 @@ def create_run_folder(directory: Path | None, *, parent: str, recipe_name: str) 
     try:
         if directory is None:
             return RunFolder(_new_folder(Path(parent), recipe_name))
+        if directory.exists() and not directory.is_dir():
+            raise UserError("this is a file", where=str(directory), hint="give a new folder with --dir")
         directory.mkdir(parents=True, exist_ok=True)
         occupied = any(directory.iterdir())
     except OSError as error:
@@ -117,6 +119,12 @@ def open_run_folder(path: Path) -> RunFolder:
         UserError: there is none.
     """
     folder = RunFolder(path)
+    if not folder.resolved.is_file() and (path / RECIPE).is_file():
+        raise UserError(
+            f"its {RESOLVED} is missing",
+            where=str(path),
+            hint=f"put it back, or train again: petractl run {path / RECIPE}",
+        )
     if not folder.resolved.is_file():
         raise UserError(
             "this is no run folder" if path.is_dir() else "there is no such folder",

@@ -8,6 +8,7 @@ All of it goes to stderr, in colour only on a terminal and never by colour alone
 of ours and keeps its traceback.
 """
 
+import errno
 import functools
 import os
 import sys
@@ -47,6 +48,12 @@ def guarded(body: Callable[P, None]) -> Callable[P, None]:
             # The reader is gone: let the interpreter's last flush of stdout go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(EXIT_BROKEN_PIPE) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _write("error", f"no space left on the device{f': {error.filename}' if error.filename else ''}")
+            raise typer.Exit(EXIT_RUN_FAILED) from None
 
     return command
 

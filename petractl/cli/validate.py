@@ -15,8 +15,8 @@ def command(
 ) -> None:
     """Check recipes, without training.
 
-    Checks all that `run` checks before the first step: keys and values, the data's place, the net (built
-    without memory for its weights), its cuts. Every problem of every recipe is reported.
+    Checks all that `run` checks before it reads the data: keys and values, where the data lie, the net
+    (built without memory for its weights), its cuts. Every problem of every recipe is reported.
     """
     failed = 0
     for recipe in recipes:

@@ -129,8 +129,8 @@ def _device(value: str) -> str:
     return value
 
 
-def _epoch_interval(value: str) -> str:
-    if _EPOCH_INTERVAL.fullmatch(value) is None:
+def _epoch_interval(value: Any) -> Any:
+    if not isinstance(value, str) or _EPOCH_INTERVAL.fullmatch(value) is None:
         raise _wrong('must be a number of epochs, such as "1 epoch" or "5 epochs" (no other unit yet)')
     return value
 
@@ -289,7 +289,7 @@ class RunSection(_Section):
     """Seed of weights, data order, augmentation and dropout."""
     directory: str = Field(default="runs", min_length=1)
     """Folder in which run folders are made."""
-    checkpoint_every: Annotated[str, AfterValidator(_epoch_interval)] = "1 epoch"
+    checkpoint_every: Annotated[str, BeforeValidator(_epoch_interval)] = "1 epoch"
     """Time between checkpoints: "N epochs"."""
     keep_last: int = Field(default=1, ge=1)
     """Number of last checkpoints that are kept; the best one is kept besides."""

@@ -143,11 +143,13 @@ class ConsoleListener:
 
     def _show_plan(self, plan: PlanMade) -> None:
         header, rows = report.stage_table(plan)
+        if self._is_live and self._err.width < _NARROW:
+            header, rows = report.narrow(header, rows)
         self._say("")
         if self._is_live:
             table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
             for i, column in enumerate(header):
-                justify: Literal["left", "right"] = "left" if i in report.STAGE_COLUMNS_LEFT else "right"
+                justify: Literal["left", "right"] = "left" if column in report.TEXT_COLUMNS else "right"
                 widest = 0 if justify == "left" else max(len(row[i]) for row in rows)
                 table.add_column(column, justify=justify, overflow="fold", min_width=widest)
             for row in rows:

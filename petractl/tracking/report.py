@@ -28,7 +28,8 @@ STAGE_COLUMNS = (
     "W lookahead",
     "staleness in updates",
 )
-STAGE_COLUMNS_LEFT = (1, 4)  # text; the others are numbers, aligned right
+TEXT_COLUMNS = ("units", "keeps")  # the others are numbers, aligned right
+NARROW_COLUMNS = (0, 1, 4, 5)  # what a narrow terminal has room for
 
 
 def title_line(started: RunStarted) -> str:
@@ -58,6 +59,14 @@ def stage_table(plan: PlanMade) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     return header, rows
 
 
+def narrow(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the stage table with the columns for which a narrow terminal has room, the lookahead as "W"."""
+    table = [tuple(row[i] for i in NARROW_COLUMNS) for row in (header, *rows)]
+    return tuple(column.partition(" ")[0] for column in table[0]), table[1:]
+
+
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a table as lines of text with aligned columns."""
     table = [header, *rows]
@@ -65,8 +74,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
     def line(row: Sequence[str]) -> str:
         cells = (
-            cell.ljust(width) if i in STAGE_COLUMNS_LEFT else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column in TEXT_COLUMNS else cell.rjust(width)
+            for column, cell, width in zip(header, row, widths, strict=True)
         )
         return "  ".join(cells).rstrip()
 

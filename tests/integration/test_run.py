@@ -233,6 +233,34 @@ def test_starting_weights_may_be_gone_once_there_is_a_checkpoint(tmp_path) -> No
     assert call("resume", str(fine), "--set", "training.epochs=2").exit_code == 0
 
 
+def test_nothing_is_trained_over_when_no_checkpoint_is_whole(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "training.epochs=1")
+    (folder / "checkpoints" / "epoch-0001" / "model.safetensors").write_bytes(b"damaged")
+    result = call("resume", str(folder))
+    assert result.exit_code == 1
+    assert "no checkpoint is whole" in result.stderr
+    assert f"delete {folder / 'checkpoints'}" in result.stderr
+
+
+def test_a_batch_larger_than_the_data_is_told(tmp_path) -> None:
+    result = run(tmp_path / "run", "data.batch_size=5000", "data.steps_per_epoch=1", "training.epochs=1")
+    assert result.exit_code == 0
+    assert "5000 is more than the 1437 samples" in result.stderr
+
+
+def test_a_full_disk_behind_stdout_is_told() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "petractl", "show", "digits_revnet18"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: no space left on the device\n")
+
+
 def test_what_a_finished_run_cannot_take_is_told(tmp_path) -> None:
     folder = tmp_path / "run"
     run(folder, "training.epochs=2")

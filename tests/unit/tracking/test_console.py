@@ -15,6 +15,7 @@ from petractl.events import (
     StepsDone,
     WarningRaised,
 )
+from petractl.tracking import report
 from petractl.tracking.console import ConsoleListener, RemainingTime
 
 
@@ -210,3 +211,17 @@ def test_remaining_time_is_the_mean_time_of_a_microbatch_times_those_to_come():
     now = 60.0  # an evaluation took its time
     remaining.epoch_started(2, epochs=3, steps_per_epoch=10)
     assert remaining.estimate(10) == pytest.approx(30.0)
+
+
+def test_a_narrow_terminal_gets_fewer_columns():
+    header = (
+        "stage",
+        "units",
+        "parameters",
+        "MFLOPs per image",
+        "keeps",
+        "W lookahead",
+        "staleness in updates",
+    )
+    rows = [("0", "stem", "352", "0.04", "input", "9", "9")]
+    assert report.narrow(header, rows) == (("stage", "units", "keeps", "W"), [("0", "stem", "input", "9")])
