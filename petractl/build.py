@@ -102,10 +102,11 @@ class _Problems:
             self.add(error.where or key, error.what, error.hint)
 
 
-def check(loaded: LoadedRecipe, *, starting_weights: bool = True) -> CheckedPlan:
+def check(loaded: LoadedRecipe, *, starting_weights: bool = True, test_only: bool = False) -> CheckedPlan:
     """Find out everything that can be known before the first step; the net is built on the meta device.
 
     `starting_weights` is false where a checkpoint takes their place: their file may be gone by then.
+    `test_only` is for evaluation, which needs no training data.
 
     Raises:
         RecipeError: every problem that was found.
@@ -115,8 +116,8 @@ def check(loaded: LoadedRecipe, *, starting_weights: bool = True) -> CheckedPlan
     device = _check_device(recipe, problems)
     info: DataInfo | None = None
     with problems.collect("data"):
-        info = describe_data(recipe.data.name, **_data_places(recipe))
-    if info is not None:
+        info = describe_data(recipe.data.name, test_only=test_only, **_data_places(recipe))
+    if info is not None and not test_only:
         _check_batches(recipe, info, problems)
     # A wrong place of the data must not hide what is wrong with the net.
     weights = recipe.model.weights if starting_weights else ""
@@ -230,7 +231,7 @@ def build_network(plan: CheckedPlan) -> Network:
 def evaluation_data(plan: CheckedPlan) -> EvaluationData:
     """Open the test data alone."""
     recipe = plan.recipe
-    data = open_data(recipe.data.name, seed=recipe.run.seed, **_data_places(recipe))
+    data = open_data(recipe.data.name, seed=recipe.run.seed, test_only=True, **_data_places(recipe))
     return data.eval_loader(batch_size=_eval_batch_size(recipe), workers=recipe.data.workers)
 
 

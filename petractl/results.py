@@ -26,7 +26,7 @@ def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
     """
     folder = open_run_folder(run)
     saved = _checkpoint(folder, best=best)
-    plan = build.check(_recipe(folder), starting_weights=False)
+    plan = build.check(_recipe(folder), starting_weights=False, test_only=True)
     torch.set_num_threads(build.num_threads(plan.recipe))
     network = build.build_network(plan)
     network.load_state_dict(saved.tensors["model"])

@@ -4,6 +4,8 @@ Augmentation is that of the paper: crop after padding by 4, flip, normalise. Mea
 those of all pixels of the 50,000 training images, to four places.
 """
 
+import numpy as np
+
 from petractl.data.cifar_batches import CIFAR10, CIFAR100, SIDE, CifarFormat
 from petractl.data.cifar_files import Part, find_split
 from petractl.data.dataset import Data, Request, Source, require_fixed_shape
@@ -48,7 +50,7 @@ def _source(kind: CifarFormat, preparation: Preparation, request: Request) -> So
 
 def _find(kind: CifarFormat, request: Request) -> tuple[list[Part], list[Part]]:
     """Find both splits before either is read: a missing one should not cost the reading of the other."""
-    train = find_split(kind, "train", places=request.train)
+    train = [] if request.test_only else find_split(kind, "train", places=request.train)
     return train, find_split(kind, "val", places=request.val, train_places=request.train)
 
 
@@ -58,6 +60,8 @@ def _count(parts: list[Part]) -> int:
 
 
 def _load(parts: list[Part]) -> Samples:
+    if not parts:
+        return Samples(np.zeros((0, 3, SIDE, SIDE), np.uint8), np.zeros(0, np.int64))
     return joined([part.load() for part in parts])
 
 

@@ -20,7 +20,10 @@ DEFAULT_FAKE_SAMPLES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a named set: places (none: the set's own), the seed, and sizes (0: the set's own)."""
+    """What is asked of a named set: places (none: the set's own), the seed, and sizes (0: the set's own).
+
+    With `test_only` a set that lies in files leaves its training files alone, and has no training samples.
+    """
 
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
@@ -29,6 +32,7 @@ class Request:
     image_size: int = 0
     channels: int = 0
     classes: int = 0
+    test_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,12 +42,14 @@ def open_data(
     image_size: int = 0,
     channels: int = 0,
     classes: int = 0,
+    test_only: bool = False,
 ) -> Data:
     """Read the set `name` into memory.
 
     `train` and `val` say where it is (path, brace pattern, folder, or a list of these; "": `data/<name>`).
     `seed` is that of the order and the augmentation (and of the images of 'fake'). The numbers are for 'fake'
-    only; 0 is its default. Raises `DataError` for whatever is unknown, missing or damaged.
+    only; 0 is its default. `test_only` leaves training files unread. Raises `DataError` for whatever is
+    unknown, missing or damaged.
     """
     request = Request(
         train=_places(train),
@@ -57,6 +59,7 @@ def open_data(
         image_size=image_size,
         channels=channels,
         classes=classes,
+        test_only=test_only,
     )
     return _builder(name)(request).load()
 
@@ -70,6 +73,7 @@ def describe_data(
     image_size: int = 0,
     channels: int = 0,
     classes: int = 0,
+    test_only: bool = False,
 ) -> DataInfo:
     """Say what `open_data` would open, without decoding an image.
 
@@ -83,6 +87,7 @@ def describe_data(
         image_size=image_size,
         channels=channels,
         classes=classes,
+        test_only=test_only,
     )
     return _builder(name)(request).describe()
 

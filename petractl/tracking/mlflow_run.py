@@ -33,6 +33,7 @@ RUN_ID_NAME = "mlflow_run_id"
 
 _TEXT_ARTIFACTS = ("recipe.toml", "resolved.toml", "environment.json")
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
+_LONGEST = 6000  # characters of a parameter's value that MLflow keeps
 _ITEMS_PER_REQUEST = 100
 _PLAN_PARAMETERS = (
     "microbatch_size",
@@ -179,7 +180,7 @@ class MlflowRun:
         """Log parameters; MLflow never changes one, so a value that a resume changed becomes a tag."""
         from mlflow.entities import Param, RunTag
 
-        masked = {mlflow_name(key): mask_credentials(value) for key, value in parameters.items()}
+        masked = {mlflow_name(key): mask_credentials(value)[:_LONGEST] for key, value in parameters.items()}
         new = {key: value for key, value in masked.items() if key not in self._known}
         changed = {key: value for key, value in masked.items() if self._known.get(key, value) != value}
         for chunk in _chunks([Param(key, value) for key, value in new.items()], _ITEMS_PER_REQUEST):

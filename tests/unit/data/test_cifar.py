@@ -75,3 +75,13 @@ def test_a_count_that_is_not_known_is_said_to_be_so(
     monkeypatch.setattr("petractl.data.shards.COUNT_LIMIT_BYTES", 50_000)
     info = describe_data("cifar10", train=str(tmp_path), val="")
     assert (info.train_samples, info.val_samples) == (UNKNOWN, 1)
+
+
+def test_the_test_data_alone(tmp_path: Path, write_cifar_shard: Callable[..., Samples]) -> None:
+    """What evaluates a net needs no training data, not even that they are there."""
+    val = write_cifar_shard(tmp_path / "c-val.tar", 4)
+    places = {"train": str(tmp_path / "gone"), "val": str(tmp_path / "c-val.tar"), "test_only": True}
+    data = open_data("cifar10", seed=0, **places)
+    assert (len(data.train), len(data.val)) == (0, 4)
+    assert np.array_equal(data.val.images, val.images)
+    assert describe_data("cifar10", **places) == data.info
