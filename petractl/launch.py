@@ -83,7 +83,9 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
             )
         state = _state_of(saved)
         name, is_finished = _told_before(folder)
-        if is_finished and _is_done(run, state, loaded, overrides):
+        _check_length(state, loaded)
+        if is_finished and state.epochs_done == loaded.recipe.training.epochs:
+            _say_nothing_is_left(run, state, overrides)
             return 0
         plan = build.check(loaded, starting_weights=saved is None)
         _prepare_process(plan)
@@ -97,25 +99,20 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
         return session.train(state)
 
 
-def _is_done(run: Path, state: TrainingState, loaded: LoadedRecipe, overrides: Sequence[str]) -> bool:
-    """Tell whether nothing is left to do, and say so.
-
-    Raises:
-        UserError: fewer epochs are asked for than were done.
-    """
+def _check_length(state: TrainingState, loaded: LoadedRecipe) -> None:
     done, wanted = state.epochs_done, loaded.recipe.training.epochs
-    if wanted > done:
-        return False
     if wanted < done:
         raise UserError(
             f"{wanted} epochs are asked for, but {done} are done",
             where="training.epochs",
-            hint=f"give more than {done} to go on",
+            hint=f"give {done} or more",
         )
-    sys.stderr.write(f"{run}: finished, {done} epochs are done; nothing to do\n")
+
+
+def _say_nothing_is_left(run: Path, state: TrainingState, overrides: Sequence[str]) -> None:
+    sys.stderr.write(f"{run}: finished, {state.epochs_done} epochs are done; nothing to do\n")
     if overrides:
         sys.stderr.write(f"warning: not applied: {', '.join(overrides)}\n")
-    return True
 
 
 def _lost(damaged: Sequence[RunError], state: TrainingState, run: Path) -> list[Problem]:
@@ -180,5 +177,7 @@ def _told_before(folder: RunFolder) -> tuple[str, bool]:
     except DataError:
         records = []
     names = [str(record["recipe_name"]) for record in records if record.get("event") == RunStarted.name]
-    ends = [record.get("event") == RunFinished.name for record in records]
-    return (names[0] if names else folder.path.name), any(ends)
+    marks = [
+        record["event"] for record in records if record.get("event") in (RunStarted.name, RunFinished.name)
+    ]
+    return (names[0] if names else folder.path.name), bool(marks) and marks[-1] == RunFinished.name

@@ -270,6 +270,28 @@ def test_what_a_finished_run_cannot_take_is_told(tmp_path) -> None:
     assert (ignored.exit_code, "not applied: partition.stages=2" in ignored.stderr) == (0, True)
 
 
+def test_fewer_epochs_than_an_unfinished_run_has_done_are_refused(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "run.keep_last=9")
+    drop_checkpoints_after(folder, 3)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    result = call("resume", str(folder), "--set", "training.epochs=2")
+    assert result.exit_code == 2
+    assert "2 epochs are asked for, but 3 are done" in result.stderr
+    assert "run_finished" not in (folder / "metrics.jsonl").read_text()
+
+
+def test_an_extended_run_killed_before_its_last_words_is_finished_too(tmp_path) -> None:
+    folder = tmp_path / "run"
+    run(folder, "training.epochs=1")
+    call("resume", str(folder), "--set", "training.epochs=2")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert call("resume", str(folder)).exit_code == 0
+    assert journal(folder)[-1]["event"] == "run_finished"
+
+
 def test_a_run_that_diverges_is_told_once(tmp_path) -> None:
     result = run(tmp_path / "run", "optimizer.lr=1e30")
     assert result.exit_code == 0
