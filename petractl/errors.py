@@ -44,6 +44,25 @@ class RunError(_ExplainedError):
     """The run failed although its input was right (exit code 1)."""
 
 
+class PeerLost(RunError):  # noqa: N818 (what happened is the name)
+    """A process of the world is gone: this one ends because of another's failure (exit code 1).
+
+    It is a consequence: where a cause is known, the report of the run names the cause first.
+    """
+
+
+class Stalled(RunError):  # noqa: N818 (what happened is the name)
+    """A message that a stage waits for has not come within the time the recipe allows (exit code 1).
+
+    `waiting_for` is the rank whose message is missing (None where the caller cannot tell): of several stalled
+    workers, the one that others wait for and that waits for nobody is where the run stands still.
+    """
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "", waiting_for: int | None = None) -> None:
+        self.waiting_for = waiting_for
+        super().__init__(what, where=where, hint=hint)
+
+
 class RecipeError(UserError):
     """A recipe with one or more problems, all of them reported together (exit code 2)."""
 

@@ -12,10 +12,16 @@ from types import FrameType
 
 
 class Interrupts:
-    """The state of interruption of one command; `finishing` is set when everything is saved."""
+    """The state of interruption of one command; `finishing` is set when everything is saved.
 
-    def __init__(self) -> None:
+    `announce` is false in a process that is one of several: the first one speaks for all.
+    """
+
+    def __init__(self, *, announce: bool = True) -> None:
+        self._announce = announce
         self.finishing = False
+        self.requested = False
+        """A signal has come that was not put off."""
         self._answered = False
 
     @contextmanager
@@ -35,12 +41,17 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.finishing and not self._answered:
             self._answered = True
-            sys.stderr.write("all epochs are done and saved, finishing; once more to stop at once\n")
+            self._say("all epochs are done and saved, finishing; once more to stop at once")
             return
+        self.requested = True
         if not self._answered:
             self._answered = True
-            sys.stderr.write("stopping\n")
+            self._say("stopping")
         raise KeyboardInterrupt
+
+    def _say(self, words: str) -> None:
+        if self._announce:
+            sys.stderr.write(f"{words}\n")
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
