@@ -53,6 +53,7 @@ class StagePlan:
     keeps: str  # what it keeps between forward and backward, e.g. "nothing" or "inputs of 1 unit"
     lookahead: int  # W: forwards ahead of the backward, in microbatches
     staleness_updates: float  # W / k: updates between the forward and the backward of one microbatch
+    device: str = ""  # where it runs, e.g. "cuda:1"; of several replicas "cuda:1, cuda:3"; "" where unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class PlanMade(Event):
     stages: tuple[StagePlan, ...]
     microbatch_size: int  # samples
     accumulation: int  # k: microbatches per update
-    samples_per_update: int
-    steps_per_epoch: int  # microbatches
+    samples_per_update: int  # of all replicas together
+    steps_per_epoch: int  # microbatches per replica
     updates_per_epoch: int
     epochs: int
     train_samples: int
@@ -74,7 +75,10 @@ class PlanMade(Event):
     method: str
     precision: str
     device: str
-    threads: int
+    threads: int  # per process
+    replicas: int = 1  # copies of the pipeline
+    processes: int = 1  # of all replicas together
+    backend: str = ""  # what carries messages between processes, e.g. "gloo"; "" with a single process
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,32 @@ class StageCounted(Event):
     backwards: int
     updates: int
     partial_groups: int  # updates made from fewer than k microbatches
+    replica: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageMeasured(Event):
+    """How one stage spent the training time of one epoch, and what it sent; None where it was not measured.
+
+    Percent are of `seconds`. A stage is idle while it does not compute: it waits for a message from the stage
+    before it (forward) or behind it (backward), or for something else (data, replicas, the other stages
+    at the end of the epoch).
+    """
+
+    name: ClassVar[str] = "stage_measured"
+    epoch: int
+    stage: int
+    replica: int
+    rank: int  # of the process that holds the stage
+    seconds: float  # training only, without evaluation
+    compute_percent: float | None
+    wait_forward_percent: float | None
+    wait_backward_percent: float | None
+    idle_percent: float | None  # 100 - compute
+    bytes_sent_forward: int | None  # to the stage behind it
+    bytes_sent_backward: int | None  # to the stage before it
+    staleness_updates: float | None  # updates between forward and backward of a microbatch, mean of the epoch
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from petractl.errors import Problem
-from petractl.recipe.schema import DATASETS_WITHOUT_FILES, LOCKED_METHODS, Recipe, is_import_path
+from petractl.recipe.schema import (
+    DATASETS_WITHOUT_FILES,
+    EXACT_SCHEDULE_NAMES,
+    LOCKED_METHODS,
+    STAGES_PER_PROCESS,
+    Recipe,
+    is_import_path,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _model_and_data_conflicts(recipe)
     yield from _method_conflicts(recipe, given)
     yield from _stage_conflicts(recipe, given)
+    yield from _process_conflicts(recipe)
+    yield from _device_conflicts(recipe)
 
 
 def find_warnings(recipe: Recipe) -> Iterator[Problem]:
@@ -54,12 +63,14 @@ def find_warnings(recipe: Recipe) -> Iterator[Problem]:
         if idle.key in given:
             yield Problem(idle.key, f"has no effect with {idle.because}", f"it is for {idle.used_with}")
     yield from _rate_warnings(recipe, given)
+    yield from _pipeline_warnings(recipe)
 
 
 def idle_keys(recipe: Recipe) -> Iterator[IdleKey]:
     """Yield every key that has no effect in this recipe, set or not."""
     yield from _idle_model_and_data(recipe)
     yield from _idle_method_and_partition(recipe)
+    yield from _idle_engine(recipe)
     yield from _idle_optimizer(recipe)
     yield from _idle_training_and_tracking(recipe)
 
@@ -97,9 +108,19 @@ def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflic
             "method.keep",
             "method.name",
         )
-    if method.name in LOCKED_METHODS and engine.schedule not in ("auto", "sequential"):
+    if _is_exact(recipe):
+        if method.name != "backprop":
+            yield _conflict(
+                f'is for method.name = "backprop" only with {_shown(engine.schedule)}, an exact pipeline,'
+                f' but the method is "{method.name}"',
+                'set method.name = "backprop", or engine.schedule = "auto"',
+                "engine.schedule",
+                "method.name",
+            )
+    elif method.name in LOCKED_METHODS and engine.schedule not in ("auto", "sequential"):
+        exact = ", or an exact pipeline" if method.name == "backprop" else ""
         yield _conflict(
-            f'must be "auto" or "sequential" with "{method.name}", which runs no forwards ahead,'
+            f'must be "auto" or "sequential"{exact} with "{method.name}", which runs no forwards ahead,'
             f" not {_shown(engine.schedule)}",
             'set engine.schedule = "auto", or choose method.name = "petra" or "delayed"',
             "engine.schedule",
@@ -134,6 +155,82 @@ def _stage_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflict
             "engine.schedule",
             source,
         )
+
+
+def _process_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield what cannot be done in one process, where the recipe asks for one."""
+    engine = recipe.engine
+    if engine.mode != "in-process":
+        return
+    asked = {
+        "schedule": f"{_shown(engine.schedule)} is an exact pipeline, which runs" * _is_exact(recipe),
+        "replicas": f"{engine.replicas} replicas run" * (engine.replicas > 1),
+        "devices": "stages with devices of their own run" * bool(engine.devices),
+    }
+    for key, what in asked.items():
+        if what:
+            yield _conflict(
+                f'{what} in several processes, but engine.mode is "in-process"',
+                f'set engine.mode = "auto", or take engine.{key} out',
+                f"engine.{key}",
+                "engine.mode",
+            )
+
+
+def _device_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    engine = recipe.engine
+    # With a list of devices the single one has no effect.
+    key, named = ("devices", engine.devices) if engine.devices else ("device", (engine.device,))
+    if engine.backend == "nccl" and "cpu" in named:
+        yield _conflict(
+            f'"nccl" needs a GPU for every process, but engine.{key} has "cpu"',
+            'set engine.backend = "gloo" or "auto"',
+            "engine.backend",
+            f"engine.{key}",
+        )
+    places, replicas, given = _known_places(recipe), engine.replicas, len(engine.devices)
+    if given and places is not None and given not in (places, places * replicas):
+        per_process = _stages_per_process(recipe)
+        product = f"stages({places * per_process})"
+        product += f" / {per_process} per process" if per_process > 1 else ""
+        product += f" x replicas({replicas})" if replicas > 1 else ""
+        wanted = f"{places} (the same for every replica) or {places * replicas}" if replicas > 1 else places
+        yield _conflict(
+            f"{product} = {places * replicas} processes, but {given} devices are given",
+            f"give {wanted}, in the order of the stages; several may be the same",
+            "engine.devices",
+            "partition.cuts" if recipe.partition.cuts else "partition.stages",
+            "engine.replicas",
+            "engine.schedule",
+        )
+
+
+def _pipeline_warnings(recipe: Recipe) -> Iterator[Problem]:
+    if _is_exact(recipe) and recipe.method.accumulation == 1:
+        yield Problem(
+            "method.accumulation",
+            f"1 makes {_shown(recipe.engine.schedule)} plain model parallelism: "
+            "a pipeline of one microbatch, in which one stage works at a time",
+            "set method.accumulation to a few times the number of stages",
+        )
+
+
+def _is_exact(recipe: Recipe) -> bool:
+    return recipe.engine.schedule in EXACT_SCHEDULE_NAMES
+
+
+def _stages_per_process(recipe: Recipe) -> int:
+    schedule = recipe.engine.schedule
+    return STAGES_PER_PROCESS.get(schedule, 1) if isinstance(schedule, str) else 1
+
+
+def _known_places(recipe: Recipe) -> int | None:
+    """Return the number of processes of one replica, None where it takes the net or a division fails."""
+    partition = recipe.partition
+    stages = len(partition.cuts) + 1 if partition.cuts else partition.stages
+    if not isinstance(stages, int) or stages % _stages_per_process(recipe):
+        return None
+    return stages // _stages_per_process(recipe)
 
 
 def _rate_warnings(recipe: Recipe, given: frozenset[str]) -> Iterator[Problem]:
@@ -193,6 +290,22 @@ def _idle_method_and_partition(recipe: Recipe) -> Iterator[IdleKey]:
         yield IdleKey("engine.slack", name, '"petra" and "delayed"')
     elif engine.schedule not in ("auto", "tight"):
         yield IdleKey("engine.slack", f"engine.schedule = {_shown(engine.schedule)}", '"tight"')
+
+
+def _idle_engine(recipe: Recipe) -> Iterator[IdleKey]:
+    engine = recipe.engine
+    if engine.mode == "in-process":
+        for key in ("backend", "stall_timeout"):
+            yield IdleKey(f"engine.{key}", 'engine.mode = "in-process"', "several processes")
+    if engine.devices:
+        yield IdleKey("engine.device", "engine.devices", "recipes without engine.devices")
+    if _is_exact(recipe):
+        for key in ("wire_dtype", "wire_dtype_backward"):
+            yield IdleKey(
+                f"engine.{key}",
+                f"engine.schedule = {_shown(engine.schedule)}",
+                "the other schedules (an exact pipeline sends what it computes)",
+            )
 
 
 def _idle_optimizer(recipe: Recipe) -> Iterator[IdleKey]:

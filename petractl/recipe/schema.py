@@ -32,11 +32,14 @@ DATASETS_WITHOUT_FILES = ("digits", "fake")
 METHOD_NAMES = ("petra", "delayed", "reversible", "backprop")
 LOCKED_METHODS = ("reversible", "backprop")
 OPTIMIZER_NAMES = ("sgd", "adamw", "lars")
-SCHEDULE_NAMES = ("auto", "tight", "paper", "sequential")
+EXACT_SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble")
+STAGES_PER_PROCESS = {"interleaved-1f1b": 2}  # every other schedule gives a stage a process of its own
+SCHEDULE_NAMES = ("auto", "tight", "paper", "sequential", *EXACT_SCHEDULE_NAMES)
 STAGE_RULES = ("auto", "units")
 
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d*))?")
+_ONE_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
 _EPOCH_INTERVAL = re.compile(r"([1-9]\d*) epochs?")
 
 
@@ -129,6 +132,13 @@ def _device(value: str) -> str:
     return value
 
 
+def _devices(devices: tuple[str, ...]) -> tuple[str, ...]:
+    for device in devices:
+        if _ONE_DEVICE.fullmatch(device) is None:
+            raise _wrong(f'must hold "cpu" or "cuda:N" only, and "{device}" is neither')
+    return devices
+
+
 def _epoch_interval(value: Any) -> Any:
     if not isinstance(value, str) or _EPOCH_INTERVAL.fullmatch(value) is None:
         raise _wrong('must be a number of epochs, such as "1 epoch" or "5 epochs" (no other unit yet)')
@@ -172,11 +182,11 @@ class DataSection(_Section):
     val: Annotated[str | tuple[str, ...], BeforeValidator(_source)] = ""
     """Test data, given like `train`; empty = data/<name>."""
     batch_size: int = Field(default=64, ge=1)
-    """Samples per microbatch; an update averages batch_size x method.accumulation samples."""
+    """Samples per microbatch; an update averages batch_size x method.accumulation x replicas samples."""
     eval_batch_size: int = Field(default=0, ge=0)
     """Samples per batch in evaluation; 0 = batch_size, but at least 256."""
     steps_per_epoch: int = Field(default=0, ge=0)
-    """Microbatches per epoch; 0 = one pass over the training data."""
+    """Microbatches per epoch and replica; 0 = one pass over the training data, shared by the replicas."""
     workers: int = Field(default=0, ge=0, le=256)
     """Threads that prepare data in the background; 0 = none. The data are the same, whatever the number."""
     augment: bool = True
@@ -220,18 +230,30 @@ class PartitionSection(_Section):
 class EngineSection(_Section):
     """How and where the stages run."""
 
-    mode: Literal["in-process"] = "in-process"
-    """Where stages live; "in-process": all of them in one process on one device."""
+    mode: Literal["auto", "in-process", "processes"] = "auto"
+    """Where stages live: all "in-process", or one process each ("processes"); "auto" = as the rest needs."""
     schedule: Annotated[str | tuple[int, ...], BeforeValidator(_schedule)] = "auto"
-    """Forwards run ahead: "auto", "tight" (least), "paper" (2x), "sequential" (none), or a list per stage."""
+    """Forwards ahead: "auto", "tight", "paper", "sequential" or a list; exact: "gpipe", "1f1b" and others."""
     slack: int = Field(default=0, ge=0)
     """Extra forwards ahead of "tight", to hide latency; every one of them adds staleness."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """Device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    devices: Annotated[tuple[str, ...], AfterValidator(_devices)] = ()
+    """A "cpu" or "cuda:N" per stage, or per stage of every replica in turn; empty = chosen from `device`."""
+    replicas: int = Field(default=1, ge=1)
+    """Copies of the pipeline on disjoint data; the gradients of an update are averaged over them."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries messages between processes: "gloo" (any device), "nccl" (a GPU per process), "auto"."""
+    wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Number format of messages between stages; "float32" sends them as they are, the others round."""
+    wire_dtype_backward: Literal["", "float32", "bfloat16", "float16", "int8"] = ""
+    """Number format of messages from a stage to the one before it; empty = as wire_dtype."""
+    stall_timeout: float = Field(default=600.0, ge=0)
+    """Seconds that a stage waits for a message before the run ends with a report; 0 = for ever."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format: "float32", or "bfloat16" autocast with the streams' additions in float32."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads; 0 = OMP_NUM_THREADS if it is set, else the number of cores."""
+    """CPU threads per process; 0 = OMP_NUM_THREADS if it is set, else cores / processes on this machine."""
 
 
 class OptimizerSection(_Section):
@@ -256,7 +278,7 @@ class OptimizerSection(_Section):
     clip_norm: float = Field(default=0.0, ge=0)
     """Largest norm of a stage's gradient, larger ones are scaled down; 0 = no limit."""
     scale_lr: bool = False
-    """Multiply lr by data.batch_size x method.accumulation / 256."""
+    """Multiply lr by data.batch_size x method.accumulation x engine.replicas / 256."""
     arguments: dict[str, JsonValue] = {}
     """Table of further keyword arguments for the optimizer."""
 
@@ -328,7 +350,13 @@ class Recipe(_Section):
 
     def with_cuts(self, cuts: Sequence[int]) -> "Recipe":
         """Return the recipe with the cuts that were chosen, in place of the rule that chose them."""
-        return self.model_copy(update={"partition": PartitionSection(cuts=tuple(cuts))})
+        # No cuts alone would leave the number of stages to the rule again.
+        chosen = PartitionSection(cuts=tuple(cuts)) if cuts else PartitionSection(stages=1)
+        return self.model_copy(update={"partition": chosen})
+
+    def with_mode(self, mode: Literal["in-process", "processes"]) -> "Recipe":
+        """Return the recipe with the mode that was chosen."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"mode": mode})})
 
 
 SECTIONS: dict[str, type[BaseModel]] = {

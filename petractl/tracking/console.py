@@ -31,6 +31,7 @@ from petractl.events import (
     RunInterrupted,
     RunStarted,
     StageCounted,
+    StageMeasured,
     StepsDone,
     WarningRaised,
 )
@@ -73,6 +74,8 @@ class ConsoleListener:
         self._plan: PlanMade | None = None
         self._trained: EpochTrained | None = None  # not yet told
         self._counts = report.Counts()
+        self._measures = report.Measures()
+        self._measured: list[StageMeasured] = []  # of the epoch not yet told
         self._best: Evaluated | None = None
         self._last: Evaluated | None = None
         self._checkpoints: dict[str, CheckpointSaved] = {}
@@ -99,6 +102,9 @@ class ConsoleListener:
                 self._describe(report.epoch_label(event.epoch, self._epochs), facts="evaluating")
             case StageCounted():
                 self._counts.add(event)
+            case StageMeasured():
+                self._measures.add(event)
+                self._measured.append(event)
             case Evaluated():
                 self._note_evaluation(event)
             case CheckpointSaved():
@@ -199,10 +205,12 @@ class ConsoleListener:
     def _tell_epoch(self, *evaluations: Evaluated) -> None:
         """Print the line of the epoch that was trained last, once, with its evaluation if there is one."""
         trained, self._trained = self._trained, None
+        measured, self._measured = self._measured, []
         if trained is not None:
             self._last_plain_s = self._clock()
             told = [evaluated for evaluated in evaluations if evaluated.epoch == trained.epoch]
-            self._say(report.epoch_line(trained, self._epochs, told))
+            of_epoch = [stage for stage in measured if stage.epoch == trained.epoch]
+            self._say(report.epoch_line(trained, self._epochs, told, of_epoch))
 
     def _end_progress(self) -> None:
         self._tell_epoch()
@@ -229,7 +237,8 @@ class ConsoleListener:
         resumed = self._started.resumed_from_epoch if self._started else None
         if proof and resumed is not None:
             proof += f" (since epoch {resumed})"
-        return [("counts", proof)] if proof else []
+        facts = (("counts", proof), ("stages", self._measures.summary()))
+        return [(label, text) for label, text in facts if text]
 
     def _places(self, run_dir: Path) -> list[tuple[str, str]]:
         places = [("run folder", str(run_dir))]

@@ -26,6 +26,7 @@ from petractl.events import (
     RunFinished,
     RunInterrupted,
     RunStarted,
+    StageMeasured,
 )
 from petractl.tracking.masking import mask_credentials
 
@@ -45,6 +46,9 @@ _PLAN_PARAMETERS = (
     "precision",
     "device",
     "threads",
+    "replicas",
+    "processes",
+    "backend",
 )
 _STATUS = {RunFinished.name: "FINISHED", RunInterrupted.name: "KILLED"}
 
@@ -211,6 +215,8 @@ def _metrics(record: dict[str, object]) -> tuple[int, dict[str, object]]:
             return epoch, values | {key: record[key] for key in others}
         case {"event": Evaluated.name, "epoch": int(epoch)}:
             return epoch, {f"{record['split']}/{key}": record[key] for key in ("loss", "top1", "top5")}
+        case {"event": StageMeasured.name, "epoch": int(epoch), "stage": int(), "replica": int()}:
+            return epoch, _stage_metrics(record)
         case {"event": PlanMade.name, "stages": list(stages)}:
             return 0, {f"staleness_updates/stage_{s['index']:02d}": s["staleness_updates"] for s in stages}
         case {"event": RunFinished.name, "epochs": int(epochs)}:
@@ -219,11 +225,24 @@ def _metrics(record: dict[str, object]) -> tuple[int, dict[str, object]]:
     return 0, {}
 
 
+def _stage_metrics(record: dict[str, object]) -> dict[str, object]:
+    stage = f"stage_{record['stage']:02d}" + (f"_replica_{record['replica']}" if record["replica"] else "")
+    sent = [record[f"bytes_sent_{direction}"] for direction in ("forward", "backward")]
+    known = [_number(count) for count in sent if count is not None]
+    values = {key: record[key] for key in ("idle_percent", "wait_forward_percent", "wait_backward_percent")}
+    values |= {
+        "bytes_sent": sum(known) if known else None,
+        "staleness_measured": record["staleness_updates"],
+    }
+    return {f"{key}/{stage}": value for key, value in values.items()}
+
+
 def plan_parameters(record: dict[str, object]) -> dict[str, str]:
-    """Return the parameters that the plan adds to the recipe's."""
+    """Return the parameters that the plan adds to the recipe's; an older journal's plan has fewer."""
     stages = record["stages"]
     count = len(stages) if isinstance(stages, list) else 0
-    return {f"plan.{key}": str(record[key]) for key in _PLAN_PARAMETERS} | {"plan.stages": str(count)}
+    values = {f"plan.{key}": str(record[key]) for key in _PLAN_PARAMETERS if key in record}
+    return values | {"plan.stages": str(count)}
 
 
 def final_status(records: Iterable[dict[str, object]]) -> str:

@@ -16,6 +16,7 @@ from petractl.events import (
     RunFinished,
     RunStarted,
     StageCounted,
+    StageMeasured,
     StepsDone,
 )
 
@@ -28,8 +29,9 @@ STAGE_COLUMNS = (
     "W lookahead",
     "staleness in updates",
 )
-TEXT_COLUMNS = ("units", "keeps")  # the others are numbers, aligned right
-NARROW_COLUMNS = (0, 1, 4, 5)  # what a narrow terminal has room for
+DEVICE_COLUMN = "device"  # the last one, where there is more than one process
+TEXT_COLUMNS = ("units", "keeps", DEVICE_COLUMN)  # the others are numbers, aligned right
+NARROW_COLUMNS = (0, 1, 4, 5, 7)  # what a narrow terminal has room for
 
 
 def title_line(started: RunStarted) -> str:
@@ -56,6 +58,9 @@ def stage_table(plan: PlanMade) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
         )
         for stage in plan.stages
     ]
+    if plan.processes > 1 and any(stage.device for stage in plan.stages):
+        header = (*header, DEVICE_COLUMN)
+        rows = [(*row, stage.device) for row, stage in zip(rows, plan.stages, strict=True)]
     return header, rows
 
 
@@ -63,7 +68,8 @@ def narrow(
     header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the stage table with the columns for which a narrow terminal has room, the lookahead as "W"."""
-    table = [tuple(row[i] for i in NARROW_COLUMNS) for row in (header, *rows)]
+    kept = [i for i in NARROW_COLUMNS if i < len(header)]
+    table = [tuple(row[i] for i in kept) for row in (header, *rows)]
     return tuple(column.partition(" ")[0] for column in table[0]), table[1:]
 
 
@@ -91,9 +97,15 @@ def plan_facts(plan: PlanMade) -> list[tuple[str, str]]:
         (
             "batch",
             f"{plan.microbatch_size} per microbatch x k {plan.accumulation}"
-            f" = {plan.samples_per_update:,} per update",
+            + (f" x replicas {plan.replicas}" if plan.replicas > 1 else "")
+            + f" = {plan.samples_per_update:,} per update",
         ),
-        ("epoch", f"{many(plan.steps_per_epoch, 'microbatch')} = {many(plan.updates_per_epoch, 'update')}"),
+        (
+            "epoch",
+            many(plan.steps_per_epoch, "microbatch")
+            + (" per replica" if plan.replicas > 1 else "")
+            + f" = {many(plan.updates_per_epoch, 'update')}",
+        ),
         ("run", f"{many(plan.epochs, 'epoch')} = {many(total_updates, 'update')}"),
         ("data", f"{many(plan.train_samples, 'sample')} to train on, {plan.val_samples:,} to test on"),
         (
@@ -102,15 +114,30 @@ def plan_facts(plan: PlanMade) -> list[tuple[str, str]]:
         ),
         ("method", f"{plan.method}; keeps between forward and backward: {_kept(plan)}"),
         ("schedule", f"{plan.schedule}; {many(len(plan.stages), 'stage')}, {_staleness(plan)}"),
-        ("compute", f"{plan.device}, {many(plan.threads, 'thread')}, {plan.precision}"),
+        *([("processes", _processes(plan))] if plan.processes > 1 else []),
+        (
+            "compute",
+            f"{plan.device}, {many(plan.threads, 'thread')}"
+            + (" per process" if plan.processes > 1 else "")
+            + f", {plan.precision}",
+        ),
     ]
 
 
-def epoch_line(trained: EpochTrained, epochs: int, evaluations: Sequence[Evaluated] = ()) -> str:
-    """Return the line that is kept for an epoch."""
+def epoch_line(
+    trained: EpochTrained,
+    epochs: int,
+    evaluations: Sequence[Evaluated] = (),
+    measured: Sequence[StageMeasured] = (),
+) -> str:
+    """Return the line that is kept for an epoch, with the range of what its stages were idle if measured."""
     parts = [epoch_label(trained.epoch, epochs), f"loss {trained.loss:.3f}", f"top-1 {trained.top1:.1f} %"]
     parts += [f"{evaluated.split} top-1 {evaluated.top1:.1f} %" for evaluated in evaluations]
-    parts += [f"{_speed(trained.images_per_s)}", f"lr {trained.lr:.4g}"]
+    parts.append(_speed(trained.images_per_s))
+    idle = [stage.idle_percent for stage in measured if stage.idle_percent is not None]
+    if idle:
+        parts.append(f"idle {_range(min(idle), max(idle))} %")
+    parts.append(f"lr {trained.lr:.4g}")
     return "  ".join(parts)
 
 
@@ -150,13 +177,13 @@ def duration(seconds: float) -> str:
 
 @dataclass(slots=True)
 class Counts:
-    """Sums the stages' counts over the epochs that this process trained."""
+    """Sums the stages' counts over the epochs that this process trained, of every replica apart."""
 
-    _stages: dict[int, Counter[str]] = field(default_factory=dict)
+    _stages: dict[tuple[int, int], Counter[str]] = field(default_factory=dict)  # by (replica, stage)
 
     def add(self, counted: StageCounted) -> None:
         """Add one stage's counts of one epoch."""
-        sums = self._stages.setdefault(counted.stage, Counter())
+        sums = self._stages.setdefault((counted.replica, counted.stage), Counter())
         sums.update(microbatches=counted.microbatches, forwards=counted.forwards, backwards=counted.backwards)
         sums.update(updates=counted.updates, partial=counted.partial_groups)
 
@@ -164,22 +191,72 @@ class Counts:
         """Return the proof that nothing was dropped, or what is not equal; "" if nothing was counted."""
         if not self._stages:
             return ""
-        entered = max(sums["microbatches"] for sums in self._stages.values())
+        entered = self._entered()
         wrong = [
-            f"stage {stage}: {sums['microbatches']:,} in, "
+            f"{stage_name(stage, replica, replicas=len(entered))}: {sums['microbatches']:,} in, "
             f"{sums['forwards']:,} forwards, {sums['backwards']:,} backwards"
-            for stage, sums in sorted(self._stages.items())
-            if not sums["microbatches"] == sums["forwards"] == sums["backwards"] == entered
+            for (replica, stage), sums in sorted(self._stages.items())
+            if not sums["microbatches"] == sums["forwards"] == sums["backwards"] == entered[replica]
         ]
         if wrong:
             return "NOT EQUAL: " + "; ".join(wrong)
-        where = "on 1 stage" if len(self._stages) == 1 else f"on each of {len(self._stages)} stages"
-        return f"{many(entered, 'microbatch')} in = forwards = backwards {where}; {self._updates()}"
+        stages = len({stage for _, stage in self._stages})
+        where = "on 1 stage" if stages == 1 else f"on each of {stages} stages"
+        if len(entered) > 1:
+            where += f" of {len(entered)} replicas ({' + '.join(f'{n:,}' for n in entered.values())})"
+        total = many(sum(entered.values()), "microbatch")
+        return f"{total} in = forwards = backwards {where}; {self._updates()}"
+
+    def _entered(self) -> dict[int, int]:
+        """Return the number of microbatches of every replica: the most that one of its stages has seen."""
+        entered: dict[int, int] = {}
+        for (replica, _), sums in sorted(self._stages.items()):
+            entered[replica] = max(entered.get(replica, 0), sums["microbatches"])
+        return entered
 
     def _updates(self) -> str:
         updates = max(sums["updates"] for sums in self._stages.values())
         partial = max(sums["partial"] for sums in self._stages.values())
         return many(updates, "update") + (f", {partial:,} of them from a partial group" if partial else "")
+
+
+@dataclass(slots=True)
+class Measures:
+    """Sums what the stages measured over the epochs that this process trained."""
+
+    _seconds: dict[tuple[int, int], float] = field(default_factory=dict)  # by (replica, stage)
+    _idle_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    _bytes: int | None = None
+
+    def add(self, measured: StageMeasured) -> None:
+        """Add one stage's measures of one epoch; what was not measured counts nowhere."""
+        key = (measured.replica, measured.stage)
+        if measured.idle_percent is not None:
+            idle_s = measured.seconds * measured.idle_percent / 100.0
+            self._seconds[key] = self._seconds.get(key, 0.0) + measured.seconds
+            self._idle_s[key] = self._idle_s.get(key, 0.0) + idle_s
+        for sent in (measured.bytes_sent_forward, measured.bytes_sent_backward):
+            if sent is not None:
+                self._bytes = (self._bytes or 0) + sent
+
+    def summary(self) -> str:
+        """Return the stages that were idle least and most, and the bytes sent; "" if nothing was measured."""
+        parts = []
+        idle = {key: 100.0 * self._idle_s[key] / s for key, s in sorted(self._seconds.items()) if s > 0}
+        if idle:
+            replicas = len({replica for replica, _ in idle})
+            least, most = min(idle, key=lambda key: idle[key]), max(idle, key=lambda key: idle[key])
+            ends = [least] if len(idle) == 1 else [least, most]
+            told = (f"{idle[k]:.1f} % ({stage_name(k[1], k[0], replicas=replicas)})" for k in ends)
+            parts.append("idle " + " to ".join(told))
+        if self._bytes is not None:
+            parts.append(f"{size(self._bytes)} sent between stages")
+        return "; ".join(parts)
+
+
+def stage_name(stage: int, replica: int = 0, *, replicas: int = 1) -> str:
+    """Return "stage 2", or "stage 2 of replica 1" where there are several replicas."""
+    return f"stage {stage}" + (f" of replica {replica}" if replicas > 1 else "")
 
 
 def results(finished: RunFinished, best: Evaluated | None, last: Evaluated | None) -> list[tuple[str, str]]:
@@ -217,6 +294,18 @@ def _kept(plan: PlanMade) -> str:
     return ", ".join(f"{what} ({many(count, 'stage')})" for what, count in stages_by_what.items())
 
 
+def _processes(plan: PlanMade) -> str:
+    """Return the product: "2 stages x 2 replicas = 4 processes, messages by gloo"."""
+    places = plan.processes // plan.replicas
+    text = many(len(plan.stages), "stage")
+    if places and len(plan.stages) != places:
+        text += f" / {len(plan.stages) / places:g} per process"
+    if plan.replicas > 1:
+        text += f" x {plan.replicas} replicas"
+    text += f" = {plan.processes} processes"
+    return text + (f", messages by {plan.backend}" if plan.backend else "")
+
+
 def _staleness(plan: PlanMade) -> str:
     most = max((stage.staleness_updates for stage in plan.stages), default=0.0)
     return f"gradients up to {_short(most)} updates late" if most else "no gradient is late"
@@ -224,6 +313,19 @@ def _staleness(plan: PlanMade) -> str:
 
 def _flops_unit(flops: float) -> tuple[str, float]:
     return ("GFLOPs", 1e9) if flops >= 1e9 else ("MFLOPs", 1e6)
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes for people: "512 B", "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} TiB"
+
+
+def _range(least: float, most: float) -> str:
+    return f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
 
 
 def _short(value: float) -> str:

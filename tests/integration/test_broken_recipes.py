@@ -143,7 +143,13 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "unknown-schedule": (toml(engine='schedule = "papers"'), ["engine.schedule", "did you mean paper?"]),
     "unknown-device": (toml(engine='device = "gpu"'), ["engine.device", '"cuda:N"']),
     "unknown-precision": (toml(engine='precision = "float16"'), ["engine.precision", '"bfloat16"']),
-    "unknown-mode": (toml(engine='mode = "processes"'), ["engine.mode", '"in-process"']),
+    "unknown-mode": (toml(engine='mode = "process"'), ["engine.mode", "did you mean processes?"]),
+    "devices-word": (toml(engine='devices = ["cpu", "cuda"]'), ["engine.devices", '"cuda:N"', '"cuda" is']),
+    "devices-string": (toml(engine='devices = "cpu"'), ["engine.devices: must be a list", '["cpu"]']),
+    "replicas-0": (toml(engine="replicas = 0"), ["engine.replicas: must be at least 1, not 0"]),
+    "unknown-backend": (toml(engine='backend = "mpi"'), ["engine.backend", '"gloo"']),
+    "unknown-wire": (toml(engine='wire_dtype = "int4"'), ["engine.wire_dtype", "did you mean int8?"]),
+    "stall-negative": (toml(engine="stall_timeout = -1"), ["engine.stall_timeout: must be at least 0"]),
     "unknown-keep": (
         toml(method='name = "delayed"\nkeep = "input"'),
         ["method.keep", "did you mean inputs?"],
@@ -190,6 +196,38 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "slack-with-paper": (
         toml(engine='schedule = "paper"\nslack = 1'),
         ["engine.slack", '"tight"', '"paper"'],
+    ),
+    "exact-with-petra": (
+        toml(engine='schedule = "gpipe"'),
+        ["engine.schedule", '"gpipe", an exact pipeline', '"petra"', 'set method.name = "backprop"'],
+    ),
+    "exact-with-slack": (
+        toml(method='name = "backprop"', engine='schedule = "1f1b"\nslack = 1'),
+        ["engine.slack", '"1f1b"'],
+    ),
+    "exact-in-process": (
+        toml(method='name = "backprop"', engine='schedule = "zero-bubble"\nmode = "in-process"'),
+        ["engine.schedule", '"zero-bubble"', 'engine.mode is "in-process"', 'engine.mode = "auto"'],
+    ),
+    "replicas-in-process": (
+        toml(engine='replicas = 2\nmode = "in-process"'),
+        ["engine.replicas: 2 replicas", 'engine.mode is "in-process"'],
+    ),
+    "devices-in-process": (
+        toml(engine='devices = ["cpu"]\nmode = "in-process"'),
+        ["engine.devices", 'engine.mode is "in-process"', "take engine.devices out"],
+    ),
+    "devices-and-stages": (
+        toml(engine='devices = ["cpu", "cpu"]', partition="stages = 4"),
+        ["engine.devices", "stages(4) = 4 processes, but 2 devices are given", "give 4"],
+    ),
+    "devices-and-replicas": (
+        toml(engine='devices = ["cuda:0", "cuda:1", "cuda:2"]\nreplicas = 2', partition="cuts = [3]"),
+        ["engine.devices", "stages(2) x replicas(2) = 4 processes, but 3 devices", "give 2 (the same"],
+    ),
+    "nccl-on-the-cpu": (
+        toml(engine='backend = "nccl"\ndevice = "cpu"'),
+        ["engine.backend", '"nccl" needs a GPU', "engine.device has"],
     ),
     "lookaheads-and-stages": (
         toml(engine="schedule = [1, 0]", partition="stages = 3"),

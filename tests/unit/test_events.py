@@ -47,7 +47,7 @@ def all_events():
 
 def test_every_event_has_its_own_name():
     names = [cls.name for cls in all_events()]
-    assert len(names) == 12
+    assert len(names) == 13
     assert len(set(names)) == len(names)
     assert "event" not in names
 
@@ -75,6 +75,14 @@ def test_record_of_a_plan_is_json_with_a_list_of_stages():
     decoded = json.loads(json.dumps(as_record(plan, time=1.0)))
     assert decoded["stages"][0]["units"] == "stem, block1"
     assert decoded["stages"][0]["staleness_updates"] == 0.5
+
+
+def test_what_came_later_has_a_default_that_means_one_process():
+    """A plan and counts of a run in one process need none of the fields that came with several."""
+    stage = StagePlan(0, "stem", 1, 10, 1e6, "nothing", 0, 0.0)
+    plan = PlanMade((stage,), 64, 2, 128, 10, 5, 3, 640, 64, 10, "tight", "petra", "float32", "cpu", 1)
+    assert (stage.device, plan.replicas, plan.processes, plan.backend) == ("", 1, 1, "")
+    assert StageCounted(2, 1, 10, 10, 10, 5, 0).replica == 0
 
 
 def test_no_event_field_hides_a_common_key():
@@ -168,6 +176,7 @@ def test_events_and_listeners_import_neither_torch_nor_mlflow_nor_matplotlib():
     code = (
         "import sys, petractl.events, petractl.tracking.journal, petractl.tracking.console\n"
         "import petractl.tracking.plots, petractl.tracking.mlflow_tracker, petractl.tracking.environment\n"
+        "import petractl.tracking.log_file\n"
         "print([m for m in ('torch', 'mlflow', 'matplotlib', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -106,6 +106,9 @@ def test_lookaheads_must_match_the_stages(tmp_path) -> None:
         ("partition", 'cuts = [3]\nbalance = "uniform"', "partition.balance"),
         ("partition", 'stages = "units"\nbalance = "uniform"', "partition.balance"),
         ("engine", 'schedule = "paper"\nslack = 0', "engine.slack"),
+        ("engine", 'mode = "in-process"\nbackend = "gloo"', "engine.backend"),
+        ("engine", 'mode = "in-process"\nstall_timeout = 5', "engine.stall_timeout"),
+        ("engine", 'devices = ["cpu"]\ndevice = "cpu"', "engine.device"),
         ("optimizer", "betas = [0.9, 0.99]", "optimizer.betas"),
         ("optimizer", 'name = "adamw"\nmomentum = 0.9', "optimizer.momentum"),
         ("optimizer", 'name = "adamw"\nnesterov = false', "optimizer.nesterov"),
@@ -140,6 +143,65 @@ def test_settings_that_matter_give_no_warning(tmp_path) -> None:
 def test_slack_does_nothing_for_a_locked_method(tmp_path) -> None:
     found = warnings(tmp_path, method='name = "backprop"', engine="slack = 2")
     assert found == {"engine.slack": 'has no effect with method.name = "backprop"'}
+
+
+EXACT = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble")
+
+
+@pytest.mark.parametrize("schedule", EXACT)
+def test_an_exact_pipeline_is_backprop_in_groups(tmp_path, schedule) -> None:
+    engine = f'schedule = "{schedule}"'
+    assert not warnings(tmp_path, method='name = "backprop"\naccumulation = 4', engine=engine)
+    alone = warnings(tmp_path, method='name = "backprop"', engine=engine)
+    assert list(alone) == ["method.accumulation"]
+    assert "plain model parallelism" in alone["method.accumulation"]
+    for method in ("petra", "delayed", "reversible"):
+        assert (
+            "an exact pipeline" in problems(tmp_path, method=f'name = "{method}"', engine=engine).popitem()[1]
+        )
+
+
+def test_an_exact_pipeline_sends_what_it_computes(tmp_path) -> None:
+    method, engine = 'name = "backprop"\naccumulation = 2', 'schedule = "gpipe"\nwire_dtype = "int8"'
+    assert list(warnings(tmp_path, method=method, engine=engine)) == ["engine.wire_dtype"]
+    # In one process the messages are rounded all the same, so that the bits are those of several.
+    assert not warnings(
+        tmp_path, engine='mode = "in-process"\nwire_dtype = "int8"\nwire_dtype_backward = "float16"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "engine", "stages", "fits"),
+    [
+        (3, "", "stages = 3", True),
+        (2, "", "stages = 3", False),
+        (3, "replicas = 2", "stages = 3", True),  # every replica on the same ones
+        (6, "replicas = 2", "stages = 3", True),
+        (5, "replicas = 2", "stages = 3", False),
+        (2, "", "cuts = [4]", True),
+        (9, "", 'stages = "units"', True),  # the net is not known yet
+    ],
+)
+def test_there_is_a_device_for_every_stage(tmp_path, devices, engine, stages, fits) -> None:
+    listed = ", ".join(['"cuda:0"'] * devices)
+    recipe = write(tmp_path, engine=f"devices = [{listed}]\n{engine}", partition=stages)
+    if fits:
+        assert len(load_recipe(recipe).recipe.engine.devices) == devices
+    else:
+        with pytest.raises(RecipeError, match=f"but {devices} devices are given"):
+            load_recipe(recipe)
+
+
+def test_an_interleaved_pipeline_has_two_stages_on_a_device(tmp_path) -> None:
+    keys = {"method": 'name = "backprop"\naccumulation = 4', "partition": "stages = 4"}
+    engine = 'schedule = "interleaved-1f1b"\ndevices = ["cpu", "cpu"]'
+    assert not warnings(tmp_path, engine=engine, **keys)
+    found = problems(tmp_path, engine=engine.replace("]", ', "cpu"]'), **keys)
+    assert "stages(4) / 2 per process = 2 processes, but 3 devices" in found["engine.devices"]
+
+
+def test_a_wrong_mode_hides_what_hangs_on_it(tmp_path) -> None:
+    assert set(problems(tmp_path, engine='mode = "in_process"\nreplicas = 2')) == {"engine.mode"}
 
 
 def test_a_file_that_is_not_text_is_told(tmp_path) -> None:

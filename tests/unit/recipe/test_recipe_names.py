@@ -1,6 +1,8 @@
 """The names that a recipe may use without importing torch are those that the registries have."""
 
 from petractl.data.registry import list_datasets
+from petractl.engine.exact_rules import EXACT_SCHEDULES, stages_per_process
+from petractl.engine.wire import FORMATS
 from petractl.methods.family import METHODS, method_names
 from petractl.models.registry import STEMS, list_models
 from petractl.optim import DECAYS, OPTIMIZERS
@@ -29,3 +31,14 @@ def test_methods() -> None:
 def test_optimizers_and_decays() -> None:
     assert set(schema.OPTIMIZER_NAMES) == set(OPTIMIZERS)
     assert options("training", "lr_decay") == set(DECAYS)
+
+
+def test_exact_schedules() -> None:
+    assert schema.EXACT_SCHEDULE_NAMES == EXACT_SCHEDULES
+    for name in EXACT_SCHEDULES:
+        assert schema.STAGES_PER_PROCESS.get(name, 1) == stages_per_process(name)
+
+
+def test_wire_formats() -> None:
+    assert options("engine", "wire_dtype") == set(FORMATS)
+    assert {"", *options("engine", "wire_dtype")} == options("engine", "wire_dtype_backward")

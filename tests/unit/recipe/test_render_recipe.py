@@ -14,6 +14,7 @@ from petractl.recipe.render import toml_value
 from petractl.recipe.schema import (
     DATASET_NAMES,
     DATASETS_WITHOUT_FILES,
+    EXACT_SCHEDULE_NAMES,
     MODEL_NAMES,
     OPTIMIZER_NAMES,
     SCHEDULE_NAMES,
@@ -26,6 +27,7 @@ TABLE = st.dictionaries(
 )
 FRACTION = st.floats(0.01, 0.99)
 BALANCE = st.sampled_from(["flops", "parameters", "uniform"])
+AHEAD = st.sampled_from([name for name in SCHEDULE_NAMES if name not in EXACT_SCHEDULE_NAMES])
 LOOKAHEADS = st.lists(st.integers(0, 9)).map(lambda ahead: [*sorted(ahead, reverse=True), 0])
 
 
@@ -57,9 +59,15 @@ RECIPES = st.fixed_dictionaries(
             section(cuts=st.lists(st.integers(1, 17), unique=True).map(sorted), balance=BALANCE),
         ),
         "engine": section(
-            schedule=st.one_of(st.sampled_from(SCHEDULE_NAMES), LOOKAHEADS),
+            mode=st.sampled_from(["auto", "processes"]),
+            schedule=st.one_of(AHEAD, LOOKAHEADS),
             threads=st.integers(0, 64),
             device=st.just("cuda:1"),
+            replicas=st.integers(1, 4),
+            backend=st.sampled_from(["auto", "gloo", "nccl"]),
+            wire_dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8"]),
+            wire_dtype_backward=st.sampled_from(["", "int8"]),
+            stall_timeout=FRACTION,
         ),
         "optimizer": section(
             name=st.sampled_from([*OPTIMIZER_NAMES, "torch.optim:RMSprop"]),
@@ -106,6 +114,16 @@ def test_a_rendered_recipe_loads_back_equal_and_settled(tables, comments) -> Non
     assert render(second.recipe, comments=comments) == text
     # Written out in full, a recipe must not be warned about for more than what its author wrote.
     assert {w.key for w in second.warnings} <= {w.key for w in first.warnings}
+
+
+@pytest.mark.parametrize("schedule", EXACT_SCHEDULE_NAMES)
+def test_an_exact_pipeline_on_devices_loads_back_equal(schedule) -> None:
+    engine = {"schedule": schedule, "devices": ["cuda:0", "cpu", "cuda:0", "cuda:11"], "replicas": 2}
+    tables = {"model": {"name": "revnet18"}, "data": {}, "method": {"name": "backprop", "accumulation": 8}}
+    first = load_text(as_toml(tables | {"engine": engine}))
+    assert first.warnings == ()
+    second = load_text(render(first.recipe))
+    assert (second.recipe, second.warnings) == (first.recipe, ())
 
 
 @given(
@@ -167,6 +185,12 @@ def test_chosen_cuts_take_the_place_of_the_rule() -> None:
     assert loaded.recipe == cut
     assert loaded.warnings == ()
     assert (cut.model, cut.training) == (recipe.model, recipe.training)
+
+
+def test_one_stage_is_written_as_one_stage() -> None:
+    # Written as no cuts at all, "auto" would choose again: a resumed run would have a stage per unit.
+    cut = load_recipe("digits_revnet18").recipe.with_cuts([])
+    assert load_text(render(cut, comments=False)).recipe.partition.stages == 1
 
 
 def test_every_section_is_a_model_of_the_schema() -> None:

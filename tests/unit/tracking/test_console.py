@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from tracking_events import make_end, make_run
+from tracking_events import make_end, make_measured, make_process_plan, make_run
 
 from petractl.events import (
     CheckpointSaved,
@@ -103,6 +103,36 @@ def test_the_summary_goes_to_stdout_and_names_everything(run_dir):
     assert f"petractl export {run_dir} --out one.safetensors" in out
     assert "petractl eval" not in err
     assert out.isascii()
+
+
+def processes_run(run_dir):
+    """A run of two stages in two replicas."""
+    for event in make_run(run_dir):
+        if event.name == "plan_made":
+            event = make_process_plan()
+        elif event.name == "evaluated":
+            for replica in (0, 1):
+                for stage in (0, 1):
+                    yield make_measured(event.epoch, stage, idle=3.0 + 9 * stage + replica, replica=replica)
+        elif event.name == "stage_counted":
+            yield replace(event, replica=1)
+        yield event
+    yield make_end()
+
+
+def test_what_stages_measured_is_in_every_epoch_and_in_the_summary(tmp_path):
+    err, out = show(processes_run(tmp_path))
+    assert "processes  2 stages x 2 replicas = 4 processes, messages by nccl" in err.splitlines()
+    epochs = [line for line in err.splitlines() if re.match(r"epoch \d/3", line)]
+    assert ["idle 3 to 13 %" in line for line in epochs] == [True] * 3
+    assert "138 microbatches in = forwards = backwards on each of 2 stages of 2 replicas (69 + 69)" in out
+    assert "idle 3.0 % (stage 0 of replica 0) to 13.0 % (stage 1 of replica 1); 18.0 MiB sent" in out
+
+
+def test_measures_of_a_past_epoch_are_not_told_again(tmp_path):
+    events = [*make_run(tmp_path)]
+    events.insert(2, make_measured(0, 0, idle=50.0))
+    assert "idle" not in show([*events, replace(make_end())])[0]
 
 
 def test_next_commands_are_quoted_for_the_shell(tmp_path):

@@ -1,9 +1,10 @@
 import math
 import sqlite3
 import threading
+from dataclasses import replace
 
 import pytest
-from tracking_events import make_end, make_plan, make_run
+from tracking_events import make_end, make_measured, make_plan, make_process_plan, make_run
 
 from petractl.events import RunFailed, RunInterrupted, RunStarted, StepsDone, as_record
 from petractl.tracking.mlflow_run import (
@@ -32,6 +33,29 @@ def test_metrics_are_named_by_split_and_stepped_by_epoch(tmp_path):
     assert "data_wait_percent" not in {p.key for p in points}  # it was not measured
 
 
+def test_what_a_stage_measured_is_named_by_stage_and_replica():
+    points = metric_points(as_record(make_measured(4, 2, idle=12.0), time=0.0))
+    assert {(p.key, p.value) for p in points} == {
+        ("idle_percent/stage_02", 12.0),
+        ("wait_forward_percent/stage_02", 6.0),
+        ("wait_backward_percent/stage_02", 3.0),
+        ("bytes_sent/stage_02", 1.5 * 2**20),
+        ("staleness_measured/stage_02", 0.5),
+    }
+    assert {p.step for p in points} == {4}
+    of_replica = metric_points(as_record(make_measured(4, 12, replica=1), time=0.0))
+    assert of_replica[0].key == "idle_percent/stage_12_replica_1"
+
+
+def test_what_a_stage_did_not_measure_is_no_metric():
+    measured = replace(make_measured(1, 0), idle_percent=None, bytes_sent_forward=None)
+    keys = {p.key: p.value for p in metric_points(as_record(measured, time=0.0))}
+    assert "idle_percent/stage_00" not in keys
+    assert keys["bytes_sent/stage_00"] == 2**19
+    nothing = replace(measured, bytes_sent_backward=None)
+    assert "bytes_sent/stage_00" not in {p.key for p in metric_points(as_record(nothing, time=0.0))}
+
+
 def test_progress_within_an_epoch_is_no_metric():
     assert metric_points(as_record(StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7), time=0.0)) == []
 
@@ -56,6 +80,16 @@ def test_the_plan_adds_parameters():
     parameters = plan_parameters(as_record(make_plan(), time=0.0))
     assert parameters["plan.stages"] == "2"
     assert parameters["plan.samples_per_update"] == "128"
+    of_processes = plan_parameters(as_record(make_process_plan(), time=0.0))
+    assert (of_processes["plan.processes"], of_processes["plan.replicas"]) == ("4", "2")
+    assert of_processes["plan.backend"] == "nccl"
+
+
+def test_the_plan_of_an_older_journal_has_fewer_parameters():
+    record = as_record(make_plan(), time=0.0)
+    older = {key: value for key, value in record.items() if key not in ("replicas", "processes", "backend")}
+    assert "plan.replicas" not in plan_parameters(older)
+    assert plan_parameters(older)["plan.threads"] == "1"
 
 
 @pytest.mark.parametrize(

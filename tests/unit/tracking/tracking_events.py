@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from petractl.events import (
     EpochStarted,
     EpochTrained,
@@ -6,6 +8,7 @@ from petractl.events import (
     RunFinished,
     RunStarted,
     StageCounted,
+    StageMeasured,
     StagePlan,
 )
 
@@ -43,3 +46,28 @@ def make_run(run_dir, *, epochs=3, first=1, evaluate_every=1, stages=2):
 
 def make_end(epochs=3):
     return RunFinished(epochs, 12.3, 84.0, 3, 0.5, 84.0, 99.0, 5321.4, 2**30)
+
+
+def make_measured(epoch, stage, *, idle=10.0, replica=0, stages=2, seconds=2.0):
+    """What one stage measured in one epoch."""
+    compute, forward, backward = 100.0 - idle, idle / 2, idle / 4
+    sent = (2**20, 2**19)
+    rank = replica * stages + stage
+    return StageMeasured(
+        epoch, stage, replica, rank, seconds, compute, forward, backward, idle, *sent, 0.5, 2**20
+    )
+
+
+def make_process_plan(*, stages=2, replicas=2, processes=4):
+    """The plan of a run in several processes."""
+    plan = make_plan(stages=stages)
+    placed = tuple(replace(stage, device=f"cuda:{stage.index}") for stage in plan.stages)
+    return replace(
+        plan,
+        stages=placed,
+        replicas=replicas,
+        processes=processes,
+        backend="nccl",
+        device="cuda:0, cuda:1",
+        samples_per_update=128 * replicas,
+    )
