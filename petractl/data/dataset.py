@@ -61,8 +61,10 @@ class Data:
         augment: bool = True,
         drop_last: bool = False,
         workers: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> TrainLoader:
-        """Return the loader of the training split.
+        """Return the loader of the training split, or of one replica's share of it.
 
         Raises `DataError` for a batch size that does not suit the number of samples.
         """
@@ -75,14 +77,31 @@ class Data:
             augment=augment,
             drop_last=drop_last,
             workers=workers,
+            replica=replica,
+            replicas=replicas,
         )
 
     def eval_loader(
-        self, *, batch_size: int, split: Literal["train", "val"] = "val", workers: int = 0
+        self,
+        *,
+        batch_size: int,
+        split: Literal["train", "val"] = "val",
+        workers: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> EvalLoader:
-        """Return a loader that visits every sample of `split` once, in order, without augmentation."""
-        samples = self.val if split == "val" else self.train
-        return EvalLoader(samples, preparation=self.preparation, batch_size=batch_size, workers=workers)
+        """Return a loader that visits every sample of `split` once, in order, without augmentation.
+
+        With replicas: every sample of this one's share.
+        """
+        return EvalLoader(
+            self.val if split == "val" else self.train,
+            preparation=self.preparation,
+            batch_size=batch_size,
+            workers=workers,
+            replica=replica,
+            replicas=replicas,
+        )
 
 
 def require_fixed_shape(request: Request, info: DataInfo) -> None:

@@ -1,7 +1,8 @@
 """Loaders: the batches of an epoch, prepared in the foreground or by background threads.
 
 A loader holds no position. `TrainLoader.epoch(epoch, start=...)` is a pure function of (seed, epoch, index),
-to the bit, whatever the number of workers; resuming is asking for the right epoch and start.
+to the bit, whatever the number of workers; resuming is asking for the right epoch and start. With replicas a
+loader yields one replica's share, and all shares together are what a loader without them yields.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ J = TypeVar("J")
 class TrainLoader:
     """Shuffled, augmented batches of a training set.
 
-    `steps_per_epoch` is the number of microbatches in an epoch; `wait_s` the seconds, over all epochs so far,
-    that the consumer has waited for a batch.
+    `steps_per_epoch` is the number of microbatches in an epoch, the largest over the replicas; `microbatches`
+    that of this replica; `wait_s` the seconds, over all epochs so far, that the consumer has waited for a
+    batch.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class TrainLoader:
         augment: bool = True,
         drop_last: bool = False,
         workers: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         """Raise `DataError` when the batch size does not suit the number of samples (see `TrainOrder`)."""
         self._samples = samples
@@ -54,17 +58,20 @@ class TrainLoader:
             seed=seed,
             steps_per_epoch=steps_per_epoch,
             drop_last=drop_last,
+            replica=replica,
+            replicas=replicas,
         )
         self.steps_per_epoch = self._order.steps_per_epoch
+        self.microbatches = self._order.microbatches
         self.wait_s = 0.0
 
     def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches `start` ... `steps_per_epoch - 1` of `epoch` (any number from 0).
+        """Yield the batches `start` ... `microbatches - 1` of `epoch` (any number from 0).
 
         Closing or dropping the iterator early ends its workers.
         """
         assert 0 <= start <= self.steps_per_epoch, start
-        picks = (self._order.pick(epoch, index) for index in range(start, self.steps_per_epoch))
+        picks = (self._order.pick(epoch, index) for index in range(start, self.microbatches))
         return _batches(picks, self._prepare, workers=self._workers, count_wait=self._count_wait)
 
     def _count_wait(self, seconds: float) -> None:
@@ -82,29 +89,37 @@ class TrainLoader:
 class EvalLoader:
     """Every sample once, in order and not augmented; the last batch holds what is left over.
 
-    `samples` is the number of samples, `wait_s` the seconds, over all uses so far, that the consumer has
-    waited for a batch.
+    Of R replicas, r has the batches r, r + R, ... `samples` is the number of its samples, `wait_s` the
+    seconds, over all uses so far, that the consumer has waited for a batch.
     """
 
     def __init__(
-        self, samples: Samples, *, preparation: Preparation, batch_size: int, workers: int = 0
+        self,
+        samples: Samples,
+        *,
+        preparation: Preparation,
+        batch_size: int,
+        workers: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         assert batch_size >= 1, batch_size
+        assert 0 <= replica < replicas, (replica, replicas)
         self._samples = samples
         self._preparation = preparation
         self._batch_size = batch_size
         self._workers = workers
-        self.samples = len(samples)
+        self._indices = range(replica, -(-len(samples) // batch_size), replicas)
+        self.samples = sum(min(batch_size, len(samples) - index * batch_size) for index in self._indices)
         self.wait_s = 0.0
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return -(-self.samples // self._batch_size)
+        return len(self._indices)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Yield the batches in order."""
-        jobs = range(len(self))
-        return _batches(jobs, self._prepare, workers=self._workers, count_wait=self._count_wait)
+        return _batches(self._indices, self._prepare, workers=self._workers, count_wait=self._count_wait)
 
     def _count_wait(self, seconds: float) -> None:
         self.wait_s += seconds

@@ -1,10 +1,14 @@
 """Which samples make up a microbatch: a pure function of (seed, epoch, index).
 
 A pass visits every sample once, in an order of its own. With `steps_per_epoch = 0` an epoch is one pass; with
-`steps_per_epoch = S` epochs are windows of S microbatches on the endless row of passes, so that a short or a
-long epoch still sees every sample equally often. Nothing is remembered between calls but the last
+`steps_per_epoch = S` epochs are windows of S microbatches on the endless chain of passes, so that a short or
+a long epoch still sees every sample equally often. Nothing is remembered between calls but the last
 permutation, which is only a cache: any microbatch of any epoch can be asked for at any time, which is what
 resuming needs.
+
+R replicas deal the same microbatches among them, in rows of R: row i of an epoch gives number i x R + r to
+replica r. Then S counts rows, and an epoch that is one pass may end with a row too short for the last
+replicas.
 """
 
 from dataclasses import dataclass
@@ -26,26 +30,54 @@ class Pick:
 
 
 class TrainOrder:
-    """The order of a training set; see the module's docstring."""
+    """The order of a training set as one of its replicas sees it; see the module's docstring.
+
+    `steps_per_epoch` is the number of an epoch's rows, `microbatches` how many of them hold one for this
+    replica: the same in every epoch, and all of them or all but the last.
+    """
 
     def __init__(
-        self, samples: int, *, batch_size: int, seed: int, steps_per_epoch: int = 0, drop_last: bool = False
+        self,
+        samples: int,
+        *,
+        batch_size: int,
+        seed: int,
+        steps_per_epoch: int = 0,
+        drop_last: bool = False,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
-        """Raise `DataError` when a pass would hold no microbatch, or a last one of a single sample."""
+        """Raise `DataError` when a pass would hold no microbatch, or a last one of a single sample.
+
+        So too when an epoch of one pass would leave a replica with nothing.
+        """
         assert batch_size >= 1, batch_size
         assert steps_per_epoch >= 0, steps_per_epoch
+        assert 0 <= replica < replicas, (replica, replicas)
         self._samples = samples
         self._batch_size = batch_size
         self._seed = seed
         self._steps_per_pass = _steps_per_pass(samples, batch_size, drop_last=drop_last)
-        self.steps_per_epoch = steps_per_epoch or self._steps_per_pass
+        self._replica = replica
+        self._replicas = replicas
+        rows = -(-self._steps_per_pass // replicas)
+        self.steps_per_epoch = steps_per_epoch or rows
+        self._is_one_pass = steps_per_epoch == 0
+        if self._is_one_pass and self._steps_per_pass < replicas:
+            raise _too_many_replicas(samples, self._steps_per_pass, batch_size, replicas)
+        lacks_last = self._is_one_pass and (rows - 1) * replicas + replica >= self._steps_per_pass
+        self.microbatches = self.steps_per_epoch - lacks_last
         self._cached: tuple[int, NDArray[np.int64]] | None = None
 
     def pick(self, epoch: int, index: int) -> Pick:
-        """Return the samples of microbatch `index` (from 0) of `epoch` (any number from 0)."""
+        """Return the samples of this replica's microbatch `index` (from 0) of `epoch` (any number from 0)."""
         assert epoch >= 0, epoch
-        assert 0 <= index < self.steps_per_epoch, index
-        pass_number, place = divmod(epoch * self.steps_per_epoch + index, self._steps_per_pass)
+        assert 0 <= index < self.microbatches, index
+        if self._is_one_pass:
+            pass_number, place = epoch, index * self._replicas + self._replica
+        else:
+            number = (epoch * self.steps_per_epoch + index) * self._replicas + self._replica
+            pass_number, place = divmod(number, self._steps_per_pass)
         first = place * self._batch_size
         chosen = self._permutation(pass_number)[first : first + self._batch_size]
         return Pick(index=index, pass_number=pass_number, samples=chosen)
@@ -77,3 +109,12 @@ def _steps_per_pass(samples: int, batch_size: int, *, drop_last: bool) -> int:
             hint="set data.drop_last=true, or another data.batch_size",
         )
     return full + (rest > 0)
+
+
+def _too_many_replicas(samples: int, steps: int, batch_size: int, replicas: int) -> DataError:
+    return DataError(
+        f"{samples} samples in microbatches of {batch_size} are {steps} per pass: "
+        f"replicas({replicas}) would leave {replicas - steps} with nothing to do",
+        where="engine.replicas",
+        hint=f"set engine.replicas to at most {steps}, a smaller data.batch_size, or data.steps_per_epoch",
+    )

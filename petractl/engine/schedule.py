@@ -6,7 +6,8 @@ then alternates one forward and one backward, and updates after every k-th backw
 number of updates between a stage's forward and backward of one microbatch, its *staleness*, is the floor or
 the ceiling of W_j / k.
 
-J stages, j = 0 ... J-1; M microbatches, i = 0 ... M-1; k = accumulation.
+J stages, j = 0 ... J-1; M microbatches, i = 0 ... M-1; k = accumulation. With replicas, M is what this one
+gets of the epoch's rows, and updates follow the rows: every replica makes each of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation of one stage; `microbatch` is the last one of the group for an update."""
+    """One operation of one stage; `microbatch` is the last one of the group for an update.
+
+    Where a group holds nothing on this replica, its update has the group's last row for a microbatch.
+    """
 
     kind: Kind
     microbatch: int
@@ -73,26 +77,38 @@ def _checked(lookahead: tuple[int, ...], *, num_stages: int) -> tuple[int, ...]:
 
 
 def group_size(microbatch: int, *, num_microbatches: int, accumulation: int) -> int:
-    """Return how many microbatches share this one's update; the last group of an epoch may be smaller."""
+    """Return how many microbatches share this one's update; the last group of an epoch may be smaller.
+
+    0 for a row in whose group this replica has none.
+    """
     start = microbatch - microbatch % accumulation
-    return min(accumulation, num_microbatches - start)
+    return max(0, min(accumulation, num_microbatches - start))
 
 
 def num_updates(*, num_microbatches: int, accumulation: int) -> int:
-    """Return the updates that every stage makes in an epoch, a partial last group included."""
+    """Return the updates that every stage makes in an epoch, a partial last group included.
+
+    With replicas: of `num_microbatches` = the epoch's rows.
+    """
     return -(-num_microbatches // accumulation)
 
 
 def stage_operations(
-    *, lookahead: int, num_microbatches: int, accumulation: int, is_last: bool
+    *, lookahead: int, num_microbatches: int, accumulation: int, is_last: bool, num_rows: int | None = None
 ) -> Iterator[Operation]:
     """Yield one stage's operations for an epoch: it starts empty and ends drained.
 
+    `num_rows` is the largest number of microbatches over the replicas (None: this one's). A replica that has
+    fewer still makes every update, with what the others have for it.
+
     Raises:
-        ValueError: a negative number of microbatches, or an accumulation under 1.
+        ValueError: a negative number of microbatches, fewer rows than these, or an accumulation under 1.
     """
+    rows = num_microbatches if num_rows is None else num_rows
     if num_microbatches < 0 or accumulation < 1:
         raise ValueError(f"num_microbatches = {num_microbatches}, accumulation = {accumulation}")
+    if rows < num_microbatches:
+        raise ValueError(f"num_rows = {rows} is less than num_microbatches = {num_microbatches}")
     ahead = min(lookahead, num_microbatches)
     yield from (Operation(Kind.FORWARD, i) for i in range(ahead))
     for i in range(num_microbatches):
@@ -104,12 +120,15 @@ def stage_operations(
             yield Operation(Kind.BACKWARD, i)
         if (i + 1) % accumulation == 0 or i + 1 == num_microbatches:
             yield Operation(Kind.UPDATE, i)
+    made = num_updates(num_microbatches=num_microbatches, accumulation=accumulation)
+    for group in range(made, num_updates(num_microbatches=rows, accumulation=accumulation)):
+        yield Operation(Kind.UPDATE, min((group + 1) * accumulation, rows) - 1)
 
 
 def operations(
-    *, lookahead: Sequence[int], num_microbatches: int, accumulation: int
+    *, lookahead: Sequence[int], num_microbatches: int, accumulation: int, num_rows: int | None = None
 ) -> tuple[tuple[Operation, ...], ...]:
-    """Return every stage's list of operations for an epoch of `num_microbatches`."""
+    """Return every stage's list of operations for an epoch of `num_microbatches`; see `stage_operations`."""
     last = len(lookahead) - 1
     return tuple(
         tuple(
@@ -118,6 +137,7 @@ def operations(
                 num_microbatches=num_microbatches,
                 accumulation=accumulation,
                 is_last=j == last,
+                num_rows=num_rows,
             )
         )
         for j, w in enumerate(lookahead)

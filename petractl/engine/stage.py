@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from petractl.engine.messages import Activation, Gradient
+from petractl.engine.replicas import Reducer
 from petractl.engine.update import Updater
-from petractl.methods.keeping import Keeper, Parameters
+from petractl.methods.keeping import Keeper, Parameters, UnitBackward
 from petractl.models.units import Streams
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -66,6 +67,7 @@ class InFlight:
     kept: list[Any]
     parameters: list[Parameters]
     updates_at_forward: int
+    samples: int
 
 
 @dataclass(slots=True)
@@ -74,6 +76,10 @@ class Stage:
 
     `loss` is given to the last stage and to no other. `sends_streams` is true where the unit below this stage
     rebuilds its input and so needs this stage's input back.
+
+    With replicas, `reducer` averages the gradients over them. Each unit's reduction starts when the last
+    microbatch of the group has given its gradient, and runs while the units below are differentiated;
+    `update` waits for the rest. Nothing else can hide it: by contract the next forward follows the update.
     """
 
     index: int
@@ -82,17 +88,26 @@ class Stage:
     updater: Updater
     loss: Loss | None = None
     sends_streams: bool = False
+    reducer: Reducer | None = None
+    replica: int = 0
+    replicas: int = 1
     counters: Counters = field(default_factory=Counters)
     totals: Totals = field(default_factory=Totals)
     offset: int = 0
-    """Microbatches before the current epoch: in-unit randomness counts from the start of training."""
+    """Microbatches (rows, with replicas) before the current epoch.
+
+    In-unit randomness counts from the start of training.
+    """
     _in_flight: dict[int, InFlight] = field(default_factory=dict)
     _version: list[Parameters] | None = None
-    _delay: int = 0
+    delay: int = 0
+    """Updates between the forward and the backward of the last microbatch."""
+    _group_microbatches: int = 0
+    _group_samples: int = 0
 
     def forward(self, message: Activation) -> Activation:
         """Run the units in order and keep what the method keeps."""
-        streams, flight = self._run_forward(self.keepers, message.streams, message.microbatch)
+        streams, flight = self._run_forward(self.keepers, message)
         self._in_flight[message.microbatch] = flight
         self.counters.forwards += 1
         return Activation(message.microbatch, streams, message.labels)
@@ -100,38 +115,49 @@ class Stage:
     def backward(self, message: Gradient, *, group_size: int) -> Gradient:
         """Run the units in reverse and add 1/`group_size` of their gradients to the running average."""
         flight = self._in_flight[message.microbatch]
+        self._group_microbatches += 1
+        self._group_samples += flight.samples
         result = self._run_backward(
-            self.keepers, message.streams, message.gradients, flight, message.microbatch, 1.0 / group_size
+            self.keepers, message.streams, message.gradients, flight, message.microbatch, group_size
         )
         del self._in_flight[message.microbatch]
         self.counters.backwards += 1
-        self._delay = self.counters.updates - flight.updates_at_forward
+        self.delay = self.counters.updates - flight.updates_at_forward
         return result
 
     def forward_backward(self, message: Activation, *, group_size: int) -> Gradient:
         """Run the last stage's forward, loss and backward of one microbatch."""
         assert self.loss is not None, "only the last stage has a loss"
         body, head = self.keepers[:-1], self.keepers[-1]
-        streams, flight = self._run_forward(body, message.streams, message.microbatch)
-        i, weight = message.microbatch, 1.0 / group_size
-        outputs, kept = head.forward(streams, microbatch=self.offset + i, parameters=None)
+        streams, flight = self._run_forward(body, message)
+        self._group_microbatches += 1
+        self._group_samples += flight.samples
+        i = self._position(message.microbatch)
+        outputs, kept = head.forward(streams, microbatch=i, parameters=None)
         logits = outputs[0].requires_grad_()
         with torch.enable_grad():
             loss = self.loss(logits, message.labels)
         self.totals.add(loss, logits, message.labels)
         gradients = torch.autograd.grad(loss, [logits])
-        down = head.backward(kept, None, gradients, microbatch=self.offset + i, parameters=None)
-        _accumulate(head, down.parameter_gradients, weight, messages=(*gradients, *down.gradients))
-        result = self._run_backward(body, down.inputs, down.gradients, flight, i, weight)
+        down = head.backward(kept, None, gradients, microbatch=i, parameters=None)
+        self._add(len(body), down, gradients, group_size)
+        result = self._run_backward(body, down.inputs, down.gradients, flight, message.microbatch, group_size)
         self.counters.forwards += 1
         self.counters.backwards += 1
-        self._delay = 0
+        self.delay = 0
         return result
 
     def update(self, *, partial: bool) -> None:
-        """Step the optimiser with the averaged gradient; `partial` marks a group smaller than k."""
+        """Step the optimiser with the averaged gradient; `partial` marks a group smaller than k.
+
+        Every replica makes every update, also one whose group held nothing. The delay told to the updater is
+        this replica's own: in an epoch's last group, where shares may differ, so may the delay.
+        """
+        if self.reducer is not None:
+            self.reducer.finish(samples=self._group_samples)
+        self._group_microbatches = self._group_samples = 0
         self._protect_versions()
-        self.updater.step(delay=self._delay, position=self.counters.updates)
+        self.updater.step(delay=self.delay, position=self.counters.updates)
         self.counters.updates += 1
         self.counters.partial_groups += partial
 
@@ -139,13 +165,18 @@ class Stage:
         """Return how many microbatches wait for their backward."""
         return len(self._in_flight)
 
-    def _run_forward(self, keepers: Sequence[Keeper], streams: Streams, i: int) -> tuple[Streams, InFlight]:
+    def _position(self, microbatch: int) -> int:
+        """Return a microbatch's place in training, over all replicas: what in-unit randomness is drawn by."""
+        return (self.offset + microbatch) * self.replicas + self.replica
+
+    def _run_forward(self, keepers: Sequence[Keeper], message: Activation) -> tuple[Streams, InFlight]:
         parameters = self._forward_parameters()
-        kept = []
+        streams, kept = message.streams, []
+        i = self._position(message.microbatch)
         for keeper, used in zip(keepers, parameters, strict=False):
-            streams, item = keeper.forward(streams, microbatch=self.offset + i, parameters=used)
+            streams, item = keeper.forward(streams, microbatch=i, parameters=used)
             kept.append(item)
-        return streams, InFlight(kept, parameters, self.counters.updates)
+        return streams, InFlight(kept, parameters, self.counters.updates, message.labels.shape[0])
 
     def _run_backward(
         self,
@@ -154,7 +185,7 @@ class Stage:
         gradients: Streams,
         flight: InFlight,
         i: int,
-        weight: float,
+        group_size: int,
     ) -> Gradient:
         for n in range(len(keepers) - 1, -1, -1):
             keeper = keepers[n]
@@ -162,14 +193,20 @@ class Stage:
                 flight.kept[n],
                 streams if keeper.needs_outputs else None,
                 gradients,
-                microbatch=self.offset + i,
+                microbatch=self._position(i),
                 parameters=flight.parameters[n],
             )
             flight.kept[n] = None
-            messages = (*gradients, *down.gradients)
-            _accumulate(keeper, down.parameter_gradients, weight, messages=messages)
+            self._add(n, down, gradients, group_size)
             streams, gradients = down.inputs, down.gradients
         return Gradient(i, streams if self.sends_streams else None, gradients)
+
+    def _add(self, n: int, down: UnitBackward, gradients: Streams, group_size: int) -> None:
+        """Add unit n's gradients to the running average; start its reduction if they are the group's last."""
+        messages = (*gradients, *down.gradients)
+        _accumulate(self.keepers[n], down.parameter_gradients, 1.0 / group_size, messages=messages)
+        if self.reducer is not None and self._group_microbatches == group_size:
+            self.reducer.start(n, samples=self._group_samples)
 
     def _forward_parameters(self) -> list[Parameters]:
         """Return what each unit's forward uses: None for the current parameters, or a version that will stay.

@@ -46,3 +46,15 @@ def test_too_few_samples_are_refused() -> None:
 def test_files_are_refused() -> None:
     with pytest.raises(DataError, match="fake reads no files"):
         describe_data("fake", train="x.tar", val="")
+
+
+def test_loaders_of_replicas_share_the_set() -> None:
+    data = open_data("fake", train="", val="", seed=0, fake_samples=40, image_size=8)
+    whole = list(data.train_loader(batch_size=8).epoch(0))
+    for replica in range(2):
+        share = list(data.train_loader(batch_size=8, replica=replica, replicas=2).epoch(0))
+        expected = [batch.labels.tolist() for batch in whole[replica::2]]
+        assert [batch.labels.tolist() for batch in share] == expected
+    whole = list(data.eval_loader(batch_size=3))
+    share = list(data.eval_loader(batch_size=3, replica=1, replicas=2))
+    assert [batch.index for batch in share] == [batch.index for batch in whole[1::2]]

@@ -28,6 +28,8 @@ def _loader(
     augment: bool = True,
     steps_per_epoch: int = 0,
     drop_last: bool = False,
+    replica: int = 0,
+    replicas: int = 1,
 ) -> TrainLoader:
     return TrainLoader(
         samples,
@@ -38,6 +40,8 @@ def _loader(
         augment=augment,
         steps_per_epoch=steps_per_epoch,
         drop_last=drop_last,
+        replica=replica,
+        replicas=replicas,
     )
 
 
@@ -110,6 +114,23 @@ def test_drop_last_and_steps_per_epoch_set_the_length(samples: Samples) -> None:
     assert len(list(loader.epoch(0))) == 11
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_replicas_share_the_batches_of_one_loader(samples: Samples, replicas: int, workers: int) -> None:
+    whole = list(_loader(samples).epoch(2))
+    for replica in range(replicas):
+        loader = _loader(samples, workers=workers, replica=replica, replicas=replicas)
+        share = list(loader.epoch(2))
+        assert loader.steps_per_epoch == -(-len(whole) // replicas)
+        assert loader.microbatches == len(share)
+        assert [batch.index for batch in share] == list(range(len(share)))
+        for batch, expected in zip(share, whole[replica::replicas], strict=True):
+            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.images, expected.images)
+        _assert_same(share[1:], loader.epoch(2, start=1))
+        assert list(loader.epoch(2, start=loader.steps_per_epoch)) == []
+
+
 def _data_threads() -> int:
     return sum(thread.name.startswith("petractl-data") for thread in threading.enumerate())
 
@@ -149,6 +170,20 @@ def test_evaluation_sees_every_sample_once_in_order(samples: Samples, batch_size
         assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
     assert loader.samples == 53
     assert loader.wait_s > 0.0
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 9])
+def test_replicas_evaluate_every_sample_once(samples: Samples, replicas: int) -> None:
+    whole = list(EvalLoader(samples, preparation=_PREPARATION, batch_size=8))
+    loaders = [
+        EvalLoader(samples, preparation=_PREPARATION, batch_size=8, replica=replica, replicas=replicas)
+        for replica in range(replicas)
+    ]
+    for replica, loader in enumerate(loaders):
+        assert len(loader) == len(whole[replica::replicas])
+        assert loader.samples == sum(len(batch.labels) for batch in whole[replica::replicas])
+        _assert_same(whole[replica::replicas], loader)
+    assert sum(loader.samples for loader in loaders) == 53
 
 
 def test_batches_share_no_memory_with_the_set(samples: Samples) -> None:

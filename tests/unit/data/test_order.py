@@ -1,4 +1,4 @@
-from itertools import chain
+from itertools import chain, zip_longest
 
 import numpy as np
 import pytest
@@ -10,7 +10,20 @@ from petractl.errors import DataError
 
 
 def _epoch(order: TrainOrder, epoch: int) -> list[list[int]]:
-    return [order.pick(epoch, index).samples.tolist() for index in range(order.steps_per_epoch)]
+    return [order.pick(epoch, index).samples.tolist() for index in range(order.microbatches)]
+
+
+def _shares(samples: int, *, replicas: int, **options) -> list[TrainOrder]:
+    return [
+        TrainOrder(samples, seed=3, replica=replica, replicas=replicas, **options)
+        for replica in range(replicas)
+    ]
+
+
+def _dealt(shares: list[list[list[int]]]) -> list[list[int]]:
+    """Return the microbatches of all replicas, row by row."""
+    rows = zip_longest(*shares)
+    return [batch for row in rows for batch in row if batch is not None]
 
 
 @settings(deadline=None)
@@ -86,6 +99,59 @@ def test_single_samples_are_allowed_where_they_are_asked_for() -> None:
 def test_drop_last_may_not_drop_everything() -> None:
     with pytest.raises(DataError, match="5 samples fill no microbatch of 8"):
         TrainOrder(5, batch_size=8, seed=0, drop_last=True)
+
+
+@settings(deadline=None)
+@given(
+    samples=st.integers(2, 80),
+    batch_size=st.integers(1, 20),
+    replicas=st.integers(1, 7),
+    epoch=st.integers(0, 1000),
+    drop_last=st.booleans(),
+)
+def test_replicas_deal_a_pass_among_them(
+    samples: int, batch_size: int, replicas: int, epoch: int, drop_last: bool
+) -> None:
+    assume(samples >= batch_size if drop_last else samples % batch_size != 1 or batch_size == 1)
+    whole = TrainOrder(samples, batch_size=batch_size, seed=3, drop_last=drop_last)
+    assume(whole.microbatches >= replicas)
+    orders = _shares(samples, replicas=replicas, batch_size=batch_size, drop_last=drop_last)
+    shares = [_epoch(order, epoch) for order in orders]
+    assert _dealt(shares) == _epoch(whole, epoch), "every sample as often as without replicas"
+    rows = -(-whole.microbatches // replicas)
+    assert {order.steps_per_epoch for order in orders} == {rows}
+    assert {order.microbatches for order in orders} <= {rows, rows - 1}
+    assert orders[0].microbatches == rows
+    assert all(order.pick(epoch, 0).pass_number == epoch for order in orders)
+
+
+@settings(deadline=None)
+@given(
+    samples=st.integers(2, 40),
+    batch_size=st.integers(1, 12),
+    steps_per_epoch=st.integers(1, 30),
+    replicas=st.integers(1, 7),
+)
+def test_replicas_deal_windows_of_rows(
+    samples: int, batch_size: int, steps_per_epoch: int, replicas: int
+) -> None:
+    assume(samples % batch_size != 1 or batch_size == 1)
+    alone = TrainOrder(samples, batch_size=batch_size, seed=3, steps_per_epoch=steps_per_epoch * replicas)
+    orders = _shares(samples, replicas=replicas, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+    for order in orders:
+        assert order.steps_per_epoch == order.microbatches == steps_per_epoch
+    for epoch in range(3):
+        assert _dealt([_epoch(order, epoch) for order in orders]) == _epoch(alone, epoch)
+
+
+def test_a_replica_may_not_be_left_with_nothing() -> None:
+    for replica in range(4):
+        with pytest.raises(DataError, match="10 samples in microbatches of 4 are 3 per pass") as caught:
+            TrainOrder(10, batch_size=4, seed=0, replica=replica, replicas=4)
+    assert caught.value.where == "engine.replicas"
+    assert "at most 3" in caught.value.hint
+    windows = TrainOrder(10, batch_size=4, seed=0, replica=3, replicas=4, steps_per_epoch=2)
+    assert windows.microbatches == 2
 
 
 def test_picks_name_their_pass() -> None:

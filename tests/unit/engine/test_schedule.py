@@ -99,6 +99,36 @@ def test_staleness_is_floor_or_ceiling_of_lookahead_over_accumulation():
                 assert behind >= w // k
 
 
+def test_a_replica_with_fewer_microbatches_makes_the_updates_of_all():
+    """Its own operations are as without replicas; what it lacks of the updates comes after them."""
+    for (W, M, k), more in itertools.product(all_cases(), (0, 1, 2, 5)):
+        alone = operations(lookahead=W, num_microbatches=M, accumulation=k)
+        stages = operations(lookahead=W, num_microbatches=M, accumulation=k, num_rows=M + more)
+        wanted = num_updates(num_microbatches=M + more, accumulation=k)
+        for own, stage in zip(alone, stages, strict=True):
+            assert stage[: len(own)] == own
+            added = stage[len(own) :]
+            assert {o.kind for o in added} <= {Kind.UPDATE}
+            assert sum(o.kind is Kind.UPDATE for o in stage) == wanted
+            groups = [o.microbatch // k for o in stage if o.kind is Kind.UPDATE]
+            assert groups == list(range(wanted))
+            for o in added:
+                assert group_size(o.microbatch, num_microbatches=M, accumulation=k) == 0
+                assert o.microbatch == min((o.microbatch // k + 1) * k, M + more) - 1
+
+
+def test_replicas_of_unequal_shares_in_full():
+    def text(num_microbatches: int) -> str:
+        stage = stage_operations(
+            lookahead=1, num_microbatches=num_microbatches, accumulation=2, is_last=False, num_rows=3
+        )
+        return " ".join(str(o) for o in stage)
+
+    assert text(3) == "F 0 F 1 B 0 F 2 B 1 U 1 B 2 U 2"
+    assert text(2) == "F 0 F 1 B 0 B 1 U 1 U 2"
+    assert text(0) == "U 1 U 2"
+
+
 def test_in_flight_are_at_most_one_more_than_the_lookahead():
     for _, w, M, _, last, stage in all_lists():
         held = most = 0
@@ -229,3 +259,5 @@ def test_invalid_numbers():
     for M, k in [(-1, 1), (3, 0)]:
         with pytest.raises(ValueError, match=f"num_microbatches = {M}, accumulation = {k}"):
             list(stage_operations(lookahead=0, num_microbatches=M, accumulation=k, is_last=False))
+    with pytest.raises(ValueError, match="num_rows = 2 is less than num_microbatches = 3"):
+        operations(lookahead=(0,), num_microbatches=3, accumulation=1, num_rows=2)
