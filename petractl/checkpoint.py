@@ -1,7 +1,7 @@
 """Checkpoints: a folder of safetensors named by unit, and a manifest with checksums that commits them.
 
 Everything is written to a temporary folder and synced; renaming that folder is the last step, so that a
-checkpoint exists whole or not at all. Loading runs no code: tensors are safetensors, the rest is JSON. Names
+checkpoint exists whole or not at all. In a run of several processes each writes the tensors of its stages. Loading runs no code: tensors are safetensors, the rest is JSON. Names
 are those of units, never of stages, so that a run can go on with another partition.
 """
 
@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from petractl.errors import RunError
@@ -34,6 +35,64 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+class Draft:
+    """A checkpoint in the making: one process begins it, each writes its tensors, one commits all of it.
+
+    Raises `RunError` where the disk refuses; older checkpoints are untouched.
+    """
+
+    def __init__(self, folder: Path, *, epoch: int) -> None:
+        self.target = folder / f"epoch-{epoch:04d}"
+        self._folder = folder
+        self._epoch = epoch
+        self._temporary = folder / f".writing-{self.target.name}"
+
+    def begin(self) -> None:
+        """Make room for it."""
+        with self._refusals_told():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir()
+
+    def write(self, tensors: Mapping[str, Mapping[str, Tensor]], *, part: str = "") -> dict[str, str]:
+        """Write groups of tensors and return the checksums of their files.
+
+        `part` parts the files of several processes.
+        """
+        sums = {}
+        with self._refusals_told():
+            for group, named in tensors.items():
+                path = self._temporary / f"{group}{f'.{part}' if part else ''}.safetensors"
+                save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+                sums[path.name] = _sha256(path)
+                _sync(path)
+        return sums
+
+    def commit(self, files: Mapping[str, str], *, state: Mapping[str, Any]) -> Path:
+        """Write the manifest over these files and put the checkpoint in its place; returns that."""
+        with self._refusals_told():
+            manifest = {"format": FORMAT, "epoch": self._epoch, "files": dict(files), "state": dict(state)}
+            (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            _sync(self._temporary / MANIFEST)
+            _sync(self._temporary)
+            shutil.rmtree(self.target, ignore_errors=True)
+            self._temporary.rename(self.target)
+            _sync(self._folder)
+        return self.target
+
+    @contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise RunError(
+                f"the checkpoint could not be written: {error}",
+                where=str(self.target),
+                hint="make room or give a folder that can be written; earlier checkpoints are intact",
+            ) from error
+
+
 def save_checkpoint(
     folder: Path, *, epoch: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
@@ -42,36 +101,13 @@ def save_checkpoint(
     Raises:
         RunError: the disk refuses; older checkpoints are untouched.
     """
-    target = folder / f"epoch-{epoch:04d}"
-    temporary = folder / f".writing-{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        files = {f"{name}.safetensors": dict(group) for name, group in tensors.items()}
-        for name, group in files.items():
-            save_file({key: value.detach().contiguous() for key, value in group.items()}, temporary / name)
-        sums = {name: _sha256(temporary / name) for name in files}
-        manifest = {"format": FORMAT, "epoch": epoch, "files": sums, "state": dict(state)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for item in temporary.iterdir():
-            _sync(item)
-        _sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"the checkpoint could not be written: {error}",
-            where=str(target),
-            hint="make room or give a folder that can be written; earlier checkpoints are intact",
-        ) from error
-    return target
+    draft = Draft(folder, epoch=epoch)
+    draft.begin()
+    return draft.commit(draft.write(tensors), state=state)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking every file against the manifest.
+def load_checkpoint(path: Path, *, wanted: Callable[[str], bool] = lambda name: True) -> Checkpoint:
+    """Read a checkpoint after checking every file against the manifest; of its tensors, the wanted ones.
 
     Raises:
         RunError: a file is missing, damaged or not of this format.
@@ -80,11 +116,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise _damaged(path, f"its format is {manifest['format']}, this version reads {FORMAT}")
-        tensors = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
         for name, expected in manifest["files"].items():
             if Path(name).name != name or _sha256(path / name) != expected:
                 raise _damaged(path, f"{name} is not what the manifest says")
-            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+            group = tensors.setdefault(name.split(".")[0], {})
+            with safe_open(path / name, framework="pt") as file:
+                group |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
         return Checkpoint(path, int(manifest["epoch"]), tensors, manifest["state"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _damaged(path, f"it cannot be read ({type(error).__name__}: {error})") from error

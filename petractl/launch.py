@@ -1,30 +1,36 @@
-"""Starts runs and continues them.
+"""Starts runs and continues them: in this process, in processes of its own, or as one of torchrun's.
 
 `run` and `resume` return the exit code: 0 done, 130 interrupted after the last checkpoint. What is wrong with
 the user's input is found, and raised, before a run folder is made.
 """
 
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from petractl import build, checkpoint
-from petractl.engine.evaluation import Scores
-from petractl.engine.memory import keep_freed_memory
+from petractl import build, checkpoint, worker
 from petractl.engine.trainer import TrainingState
-from petractl.errors import DataError, Problem, RecipeError, RunError, UserError
+from petractl.engine.world import Launch, connect, wait_for_told
+from petractl.errors import DataError, PeerLost, Problem, RecipeError, RunError, UserError
 from petractl.events import RunFinished, RunStarted
 from petractl.interrupts import Interrupts
+from petractl.processes import redirect_output, reported, run_workers
 from petractl.recipe.load import LoadedRecipe, load_recipe
 from petractl.recipe.render import render
 from petractl.run_folder import RunFolder, create_run_folder, open_run_folder
-from petractl.session import Session
+from petractl.session import Session, prepare_process, state_of
 from petractl.tracking.environment import environment
 from petractl.tracking.journal import JOURNAL_NAME, read_journal
 from petractl.tracking.masking import mask_credentials
 from petractl.tracking.mlflow_tracker import tracking_problem
+from petractl.worker import LOGS, START_VARIABLE, Start
+
+_START_KEY = "petractl/start"
+_NO_START = "no start"
+_NOTHING_TO_DO = "nothing to do"
 
 RESUMABLE_KEYS = (
     "partition.stages",
@@ -32,6 +38,9 @@ RESUMABLE_KEYS = (
     "partition.balance",
     "engine.mode",
     "engine.device",
+    "engine.devices",
+    "engine.backend",
+    "engine.stall_timeout",
     "engine.threads",
     "training.epochs",
     "training.evaluate_every",
@@ -48,18 +57,7 @@ def run(recipe: str, *, directory: Path | None, overrides: Sequence[str]) -> int
         UserError: the recipe, the data or the folder are wrong; nothing was started.
         RunError: the run failed.
     """
-    with Interrupts().handled() as interrupts:
-        loaded = load_recipe(recipe, overrides=overrides)
-        _check_tracking(loaded)
-        plan = build.check(loaded)
-        _prepare_process(plan)
-        built = build.build(plan)
-        folder = create_run_folder(directory, parent=loaded.recipe.run.directory, recipe_name=loaded.name)
-        with folder.locked():
-            folder.write_start(recipe=loaded.text, resolved=render(plan.recipe), environment=environment())
-            session = Session(folder, plan, built, interrupts=interrupts, recipe_name=loaded.name)
-            session.warn(loaded.warnings)
-            return session.train(TrainingState())
+    return _as_started(lambda launch: _prepare_run(recipe, directory, overrides, launch))
 
 
 def resume(run: Path, *, overrides: Sequence[str]) -> int:
@@ -69,9 +67,145 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
         UserError: no such run, a key that may not change, or another process is at it.
         RunError: the run failed.
     """
+    return _as_started(lambda launch: _prepare_resume(run, overrides, launch))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A run whose folder is ready and locked, to be trained in one process or in several."""
+
+    folder: RunFolder
+    plan: build.CheckedPlan
+    recipe_name: str
+    warnings: tuple[Problem, ...]
+    saved: checkpoint.Checkpoint | None = None
+    built: build.Built | None = None
+    """In one process: whatever is wrong with data or weights is known before the folder is made."""
+
+    @property
+    def start(self) -> Start:
+        """What the processes of the run must know."""
+        layout = self.plan.layout
+        return Start(
+            run_dir=str(self.folder.path),
+            recipe_name=self.recipe_name,
+            num_places=layout.num_places,
+            num_replicas=layout.num_replicas,
+            info=asdict(self.plan.info),
+            warnings=[[warning.key, warning.what, warning.hint] for warning in self.warnings],
+            checkpoint=str(self.saved.path) if self.saved else "",
+        )
+
+
+Preparation = Callable[[Launch | None], AbstractContextManager[_Ready | None]]
+"""Checks everything and makes the folder, within a lock on it; None where nothing is left to do."""
+
+
+def _as_started(prepare: Preparation) -> int:
+    """Train in this process, in processes started here, or as one of those that torchrun started."""
+    launch = Launch.from_environment()
+    if launch is not None and launch.world_size > 1:
+        return _join(prepare, launch)
+    with ExitStack() as stack:
+        with Interrupts().handled() as interrupts:
+            ready = stack.enter_context(prepare(None))
+            if ready is None:
+                return 0
+            if ready.built is not None:
+                return _train_alone(ready, ready.built, interrupts)
+        return _start_processes(ready)
+
+
+def _train_alone(ready: _Ready, built: build.Built, interrupts: Interrupts) -> int:
+    session = Session(ready.folder, ready.plan, built, interrupts=interrupts, recipe_name=ready.recipe_name)
+    session.warn(ready.warnings)
+    if ready.saved is not None:
+        session.restore(ready.saved)
+    return session.train(state_of(ready.saved))
+
+
+def _start_processes(ready: _Ready) -> int:
+    return run_workers(
+        [sys.executable, "-m", "petractl.worker"],
+        titles=ready.start.titles,
+        log_dir=ready.folder.path / LOGS,
+        environment={START_VARIABLE: ready.start.to_json()},
+    )
+
+
+def _join(prepare: Preparation, launch: Launch) -> int:
+    """Train as one of the processes that torchrun started; rank 0 prepares the run for all.
+
+    Never returns where it fails: the process then ends with its report.
+    """
+    rank = launch.rank
+    with reported("process", rank), ExitStack() as stack:
+        store = connect(launch)
+        if rank == 0:
+            try:
+                with Interrupts().handled():
+                    ready = stack.enter_context(prepare(launch))
+            except BaseException:
+                store.set(_START_KEY, _NO_START)
+                raise
+            store.set(_START_KEY, ready.start.to_json() if ready else _NOTHING_TO_DO)
+        text = wait_for_told(store, _START_KEY)
+        if text == _NOTHING_TO_DO:
+            return 0
+        if text == _NO_START:
+            raise PeerLost("rank 0 has not started the run: its message says why")
+        start = Start.from_json(text)
+        _check_folder_is_here(start)
+        with reported(start.title(rank), rank):
+            redirect_output(Path(start.run_dir) / LOGS, rank, start.title(rank))
+            code = worker.train(start, launch, store)
+            if code:
+                sys.exit(code)
+    return 0
+
+
+def _check_folder_is_here(start: Start) -> None:
+    if not RunFolder(Path(start.run_dir)).resolved.is_file():
+        raise UserError(
+            "this machine does not see the run folder",
+            where=start.run_dir,
+            hint="give a folder that all machines share, with --dir or run.directory",
+        )
+
+
+@contextmanager
+def _prepare_run(
+    recipe: str, directory: Path | None, overrides: Sequence[str], launch: Launch | None
+) -> Iterator[_Ready | None]:
+    loaded = load_recipe(recipe, overrides=overrides)
+    _check_tracking(loaded)
+    plan = build.check(loaded, launch=launch)
+    built = _built(plan, None)
+    folder = create_run_folder(directory, parent=loaded.recipe.run.directory, recipe_name=loaded.name)
+    with folder.locked():
+        folder.write_start(recipe=loaded.text, resolved=render(plan.recipe), environment=environment())
+        try:
+            yield _Ready(folder, plan, loaded.name, tuple(loaded.warnings), built=built)
+        except UserError:
+            # Found by a process that opened the data: nothing was started, and nothing is left behind.
+            if not (folder.path / JOURNAL_NAME).exists():
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+
+
+def _built(plan: build.CheckedPlan, saved: checkpoint.Checkpoint | None) -> build.Built | None:
+    """Build a run in one process; in several each builds its own part."""
+    if plan.layout.mode != build.IN_PROCESS:
+        return None
+    prepare_process(plan)
+    return build.build(plan, starting_weights=saved is None)
+
+
+@contextmanager
+def _prepare_resume(run: Path, overrides: Sequence[str], launch: Launch | None) -> Iterator[_Ready | None]:
     folder = open_run_folder(run)
     _check_resumable(overrides)
-    with Interrupts().handled() as interrupts, folder.locked():
+    with folder.locked():
         loaded = load_recipe(folder.resolved, overrides=overrides)
         _check_tracking(loaded)
         saved, damaged = checkpoint.newest_checkpoint(folder.checkpoints)
@@ -81,22 +215,18 @@ def resume(run: Path, *, overrides: Sequence[str]) -> int:
                 where=str(run),
                 hint=f"to train again from the start, delete {folder.checkpoints}",
             )
-        state = _state_of(saved)
+        state = state_of(saved)
         name, is_finished = _told_before(folder)
         _check_length(state, loaded)
         if is_finished and state.epochs_done == loaded.recipe.training.epochs:
             _say_nothing_is_left(run, state, overrides)
-            return 0
-        plan = build.check(loaded, starting_weights=saved is None)
-        _prepare_process(plan)
-        built = build.build(plan, starting_weights=saved is None)
+            yield None
+            return
+        plan = build.check(loaded, starting_weights=saved is None, launch=launch)
+        built = _built(plan, saved)
         folder.write_resolved(render(plan.recipe))
-        session = Session(folder, plan, built, interrupts=interrupts, recipe_name=name)
-        session.warn(_lost(damaged, state, run))
-        session.warn([*loaded.warnings, *_length_warning(state, overrides)])
-        if saved is not None:
-            session.restore(saved)
-        return session.train(state)
+        warnings = [*_lost(damaged, state, run), *loaded.warnings, *_length_warning(state, overrides)]
+        yield _Ready(folder, plan, name, tuple(warnings), saved, built)
 
 
 def _check_length(state: TrainingState, loaded: LoadedRecipe) -> None:
@@ -132,14 +262,6 @@ def _length_warning(state: TrainingState, overrides: Sequence[str]) -> list[Prob
     return [Problem("training.epochs", what, 'with lr_decay = "constant" or "multi-step" nothing jumps')]
 
 
-def _prepare_process(plan: build.CheckedPlan) -> None:
-    """Set threads and memory, and rule out algorithms chosen by time: bits are promised."""
-    torch.set_num_threads(build.num_threads(plan.recipe))
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    keep_freed_memory()
-
-
 def _check_tracking(loaded: LoadedRecipe) -> None:
     tracking = loaded.recipe.tracking
     problem = tracking_problem(tracking.uri) if tracking.mlflow and tracking.uri else ""
@@ -160,14 +282,6 @@ def _check_resumable(overrides: Sequence[str]) -> None:
     ]
     if problems:
         raise RecipeError(problems, where="--set")
-
-
-def _state_of(saved: checkpoint.Checkpoint | None) -> TrainingState:
-    if saved is None:
-        return TrainingState()
-    fields = dict(saved.state["training"])
-    scores = fields.pop("scores")
-    return TrainingState(**fields, scores=Scores(**scores) if scores else None)
 
 
 def _told_before(folder: RunFolder) -> tuple[str, bool]:

@@ -1,9 +1,11 @@
 """One stretch of a run, from its start or from a checkpoint to its end or an interruption.
 
 A session joins what `build` made with what watches: it opens the listeners, lets the trainer train, saves
-checkpoints, and ends well, whatever the reason.
+checkpoints, and ends well, whatever the reason. In a run of several processes each has one: all train and
+save, and the first alone has the journal, the console and MLflow; the others keep a log.
 """
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -14,10 +16,13 @@ from pathlib import Path
 import torch
 
 from petractl import build, checkpoint
-from petractl.engine.memory import peak_memory_bytes
-from petractl.engine.stage import Counters, Stage
+from petractl.engine.evaluation import Scores
+from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
+from petractl.engine.pipeline import StageRecord
+from petractl.engine.stage import Counters
 from petractl.engine.trainer import Outcome, Trainer, TrainingState
-from petractl.errors import Problem, RunError
+from petractl.engine.world import World
+from petractl.errors import PeerLost, Problem, RunError
 from petractl.events import (
     CheckpointSaved,
     EventBus,
@@ -29,15 +34,40 @@ from petractl.events import (
 )
 from petractl.interrupts import Interrupts
 from petractl.optim import load_optimizer_state, optimizer_state
+from petractl.processes import log_name
 from petractl.recipe.schema import Recipe
 from petractl.run_folder import RunFolder
 from petractl.tracking.console import ConsoleListener
 from petractl.tracking.journal import Journal
+from petractl.tracking.log_file import LogFile
 from petractl.tracking.masking import mask_credentials
 from petractl.tracking.mlflow_tracker import MlflowTracker, how_to_look, tracking_uri
 from petractl.tracking.plots import CurvePlotter
 
 EXIT_INTERRUPTED = 130
+
+_CONSEQUENCE_S = 1.0  # in which a signal for all processes reaches this one too
+_FAILURE_KEY = "failure"
+
+
+def prepare_process(plan: build.CheckedPlan, *, processes: int = 1) -> None:
+    """Set threads and memory, and rule out algorithms chosen by time: bits are promised.
+
+    `processes` of the run are on this machine.
+    """
+    torch.set_num_threads(build.num_threads(plan.recipe, processes=processes))
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    keep_freed_memory()
+
+
+def state_of(saved: checkpoint.Checkpoint | None) -> TrainingState:
+    """Return where a run stood at a checkpoint."""
+    if saved is None:
+        return TrainingState()
+    fields = dict(saved.state["training"])
+    scores = fields.pop("scores")
+    return TrainingState(**fields, scores=Scores(**scores) if scores else None)
 
 
 class Session:
@@ -69,7 +99,7 @@ class Session:
         self._notes += problems
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put parameters, buffers, optimisers and counters back."""
+        """Put the parameters, buffers, optimisers and counters of this process back."""
         self._built.network.load_state_dict(saved.tensors["model"])
         counters = Counters(**saved.state["counters"])
         for stage, parameters in self._stage_parameters():
@@ -91,18 +121,41 @@ class Session:
             outcome = self._trainer(bus).run(state)
             self._interrupts.finishing = True
             bus.emit(self._finished_event(outcome, time.perf_counter() - started))
-        except KeyboardInterrupt:
+        except BaseException as error:
+            if not self._is_interruption(error):
+                bus.emit(RunFailed(message=self._cause(error)))
+                if isinstance(error, Exception) and _is_out_of_memory(error):
+                    raise _out_of_memory(error, self._recipe.data.batch_size) from error
+                raise
             command = shlex.join(["petractl", "resume", str(self._folder.path)])
             bus.emit(RunInterrupted(epoch=self._epoch + 1, resume_command=command))
             return EXIT_INTERRUPTED
-        except Exception as error:
-            bus.emit(RunFailed(message=f"{type(error).__name__}: {error}"))
-            if _is_out_of_memory(error):
-                raise _out_of_memory(error, self._recipe.data.batch_size) from error
-            raise
         finally:
             bus.close()
         return 0
+
+    def _is_interruption(self, error: BaseException) -> bool:
+        """Tell whether a run that ends was told to; the others may have ended a moment before."""
+        if isinstance(error, PeerLost) and not self._interrupts.requested:
+            try:
+                time.sleep(_CONSEQUENCE_S)
+            except KeyboardInterrupt:
+                return True
+        return isinstance(error, KeyboardInterrupt) or self._interrupts.requested
+
+    def _cause(self, error: BaseException) -> str:
+        """Return why the run failed: another process knows it where a neighbour was lost."""
+        words = f"{type(error).__name__}: {error}"
+        world = self._built.world
+        if not isinstance(error, PeerLost):
+            words = f"{world.seat.title}: {words}" if isinstance(world, World) else words
+            with contextlib.suppress(Exception):
+                world.tell(_FAILURE_KEY, words)
+            return words
+        told = None
+        with contextlib.suppress(Exception):
+            told = world.ask(_FAILURE_KEY)
+        return told or words
 
     def _tell_start(self, bus: EventBus, state: TrainingState) -> None:
         bus.emit(self._started_event(state))
@@ -116,15 +169,19 @@ class Session:
 
         def save(state: TrainingState, is_best: bool, is_last: bool) -> None:
             if is_best or is_last or state.epochs_done % every == 0:
-                bus.emit(self._save(state, is_best))
+                saved = self._save(state, is_best)
+                if saved is not None:
+                    bus.emit(saved)
             self._interrupts.finishing = is_last
             self._epoch = state.epochs_done
 
         return Trainer(
-            self._built.network,
             pipeline=self._built.pipeline,
+            world=self._built.world,
             training_data=self._built.training_data,
-            evaluation_data=self._built.evaluation_data,
+            length=self._built.length,
+            evaluate=self._built.evaluate,
+            settle=self._built.settle,
             placement=self._built.placement,
             epochs=self._recipe.training.epochs,
             evaluate_every=self._recipe.training.evaluate_every,
@@ -132,23 +189,32 @@ class Session:
             save=save,
         )
 
-    def _save(self, state: TrainingState, is_best: bool) -> CheckpointSaved:
+    def _save(self, state: TrainingState, is_best: bool) -> CheckpointSaved | None:
+        """Write what lives here; the first process commits all of it, and tells."""
         started = time.perf_counter()
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, bool | int | float] = {}
-        for stage, parameters in self._stage_parameters():
-            more_tensors, more_numbers = optimizer_state(stage.updater.optimizer, parameters)
-            tensors |= more_tensors
-            numbers |= more_numbers
-        path = checkpoint.save_checkpoint(
-            self._folder.checkpoints,
-            epoch=state.epochs_done,
-            tensors={"model": self._built.network.state_dict(), "optimizer": tensors},
+        world = self._built.world
+        seat = world.seat
+        draft = checkpoint.Draft(self._folder.checkpoints, epoch=state.epochs_done)
+        if seat.rank == 0:
+            draft.begin()
+        world.share(None)  # nobody writes before there is room
+        written = _Written({}, {})
+        if seat.replica == 0:
+            tensors, numbers = self._own_state()
+            part = f"stage-{seat.place:02d}" if seat.num_places > 1 else ""
+            written = _Written(draft.write(tensors, part=part), numbers)
+        parts = world.gather(written)
+        if seat.rank != 0:
+            return None
+        path = draft.commit(
+            {name: total for part in parts for name, total in part.sums.items()},
             state={
                 "training": dataclasses.asdict(state),
                 # Every stage has done the same by the end of an epoch: named by none of them.
                 "counters": dataclasses.asdict(self._built.pipeline.stages[0].counters),
-                "optimizer_numbers": numbers,
+                "optimizer_numbers": {
+                    name: number for part in parts for name, number in part.numbers.items()
+                },
             },
         )
         checkpoint.prune_checkpoints(
@@ -160,7 +226,17 @@ class Session:
         seconds = time.perf_counter() - started
         return CheckpointSaved(epoch=state.epochs_done, path=str(path), best=is_best, seconds=seconds)
 
-    def _stage_parameters(self) -> Iterator[tuple[Stage, list[tuple[str, torch.nn.Parameter]]]]:
+    def _own_state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bool | int | float]]:
+        """Return the tensors that live here, of model and optimisers, and the optimisers' numbers."""
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, bool | int | float] = {}
+        for stage, parameters in self._stage_parameters():
+            more_tensors, more_numbers = optimizer_state(stage.updater.optimizer, parameters)
+            tensors |= more_tensors
+            numbers |= more_numbers
+        return {"model": self._built.network.state_dict(), "optimizer": tensors}, numbers
+
+    def _stage_parameters(self) -> Iterator[tuple[StageRecord, list[tuple[str, torch.nn.Parameter]]]]:
         names = dict(self._built.network.named_parameters())
         name_of = {id(p): name for name, p in names.items()}
         for stage in self._built.pipeline.stages:
@@ -171,6 +247,11 @@ class Session:
         """Subscribe the listeners: the journal hears of everything first, MLflow finds the curves drawn."""
         bus = EventBus()
         path, tracking = self._folder.path, self._recipe.tracking
+        seat = self._built.world.seat
+        if isinstance(self._built.world, World):
+            bus.subscribe(LogFile(path / "logs" / log_name(seat.title)))
+        if seat.rank != 0:
+            return bus
         uri = tracking_uri(tracking.uri, directory=Path(self._recipe.run.directory))
         bus.subscribe(Journal(path))
         bus.subscribe(ConsoleListener(tracking=how_to_look(uri) if tracking.mlflow else ""))
@@ -211,6 +292,14 @@ class Session:
             images_per_s=outcome.images / outcome.training_s if outcome.training_s else 0.0,
             peak_memory_bytes=peak_memory_bytes(self._plan.device),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Written:
+    """What one process has written of a checkpoint: checksums of files, numbers of optimisers."""
+
+    sums: dict[str, str]
+    numbers: dict[str, bool | int | float]
 
 
 def _flattened(recipe: Recipe) -> dict[str, str]:

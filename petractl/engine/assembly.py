@@ -1,6 +1,6 @@
 """From units, cuts and a method to stages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
 import torch
@@ -34,28 +34,38 @@ def assemble_stages(
     device: torch.device,
     statistics_in_forward: bool = False,
     autocast_dtype: torch.dtype | None = None,
+    wanted: Collection[int] | None = None,
 ) -> list[Stage]:
-    """Build the stages of a net; parameters are named `units.<unit>.<name in the unit>`."""
+    """Build the stages of a net, or those wanted; parameters are named `units.<unit>.<name in the unit>`."""
     kept = keepings(method, [is_reversible(unit) for unit in units])
-    keepers = [
-        build_keeper(
-            Evaluator(unit, index=n, name=names[n], seed=seed, device=device, autocast_dtype=autocast_dtype),
-            keep=kept[n].keep,
-            statistics_in_forward=statistics_in_forward,
-            input_gradient=n > 0,
-        )
-        for n, unit in enumerate(units)
-    ]
     bounds = stage_bounds(cuts, num_units=len(units))
     stages = []
     for j, (first, end) in enumerate(bounds):
+        if wanted is not None and j not in wanted:
+            continue
+        keepers = [
+            build_keeper(
+                Evaluator(
+                    units[n],
+                    index=n,
+                    name=names[n],
+                    seed=seed,
+                    device=device,
+                    autocast_dtype=autocast_dtype,
+                ),
+                keep=kept[n].keep,
+                statistics_in_forward=statistics_in_forward,
+                input_gradient=n > 0,
+            )
+            for n in range(first, end)
+        ]
         parameters = [
             (f"units.{n}.{name}", p) for n in range(first, end) for name, p in units[n].named_parameters()
         ]
         stages.append(
             Stage(
                 index=j,
-                keepers=keepers[first:end],
+                keepers=keepers,
                 stashes=[kept[n].parameters for n in range(first, end)],
                 updater=make_updater([(name, p) for name, p in parameters if p.requires_grad]),
                 loss=loss if j == len(bounds) - 1 else None,

@@ -1,13 +1,22 @@
-"""Evaluation of a classifier: every sample once, with running statistics, no graph."""
+"""Evaluation of a classifier: every sample once, with running statistics, no graph.
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+In one process the net is called as a whole. In several, the batches go upwards through the same stages; each
+replica takes its share of them, and the sums meet at the end.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from petractl.engine.links import Inbox, Outbox
+from petractl.engine.messages import Activation
+from petractl.engine.world import World
+from petractl.models.units import as_streams
 
 
 class LabelledBatch(Protocol):
@@ -51,30 +60,141 @@ class Placement:
         return batch.labels.to(self.device, non_blocking=True)
 
 
+class Sums:
+    """Sums over samples; on the device, so that adding never waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.hits = torch.zeros(2, dtype=torch.int64, device=device)
+        self.samples = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch; the loss has no label smoothing."""
+        self.loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
+        self.samples += labels.shape[0]
+
+    def numbers(self) -> tuple[float, int, int, int]:
+        """Return loss, hits at the first place, hits among five, samples; waits for the device."""
+        top1, top5 = self.hits.tolist()
+        return float(self.loss), top1, top5, self.samples
+
+
+def scores_of(sums: Sequence[tuple[float, int, int, int]]) -> Scores:
+    """Return the means of the sums of one or several replicas."""
+    loss, top1, top5, samples = (sum(column) for column in zip(*sums, strict=True))
+    return Scores(loss / samples, 100.0 * top1 / samples, 100.0 * top5 / samples, int(samples))
+
+
 def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], *, placement: Placement) -> Scores:
-    """Evaluate and put the net back in the mode it was in; the loss has no label smoothing."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=placement.device)
-    hits = torch.zeros(2, dtype=torch.int64, device=placement.device)
-    samples = 0
-    with torch.inference_mode():
+    """Evaluate and put the net back in the mode it was in."""
+    sums = Sums(placement.device)
+    with _evaluation_mode(network), torch.inference_mode():
         for batch in batches:
             labels = placement.labels(batch)
-            logits = _logits(network, placement.images(batch), placement)
-            loss_sum += functional.cross_entropy(logits, labels, reduction="sum").double()
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            hits += torch.stack([ranked[:, 0].sum(), ranked.sum()])
-            samples += labels.shape[0]
-    for module, training in modes:  # one by one: a part may have been put in evaluation mode on purpose
-        module.training = training
-    top1, top5 = (100.0 * int(n) / samples for n in hits.tolist())
-    return Scores(float(loss_sum) / samples, top1, top5, samples)
+            with _autocast(placement):
+                logits: Tensor = network(placement.images(batch))
+            sums.add(_full(logits, placement), labels)
+    return scores_of([sums.numbers()])
 
 
-def _logits(network: nn.Module, images: Tensor, placement: Placement) -> Tensor:
-    dtype = placement.autocast_dtype
-    context = nullcontext() if dtype is None else torch.autocast(placement.device.type, dtype=dtype)
-    with context:
-        logits: Tensor = network(images)
-    return logits.float() if dtype is not None else logits
+Neighbours = tuple[Inbox[Activation] | None, Outbox[Activation] | None]
+"""The links of a stage in evaluation: from below and to above."""
+
+
+class PipelinedEvaluation:
+    """Evaluates through the stages of a world; called by every process, gives all of them the scores.
+
+    `stages` are those of this process, each with its links and its units. `batches` is given where images
+    enter and nowhere else; `num_batches` is this replica's share of them.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[Neighbours, Sequence[nn.Module]]],
+        *,
+        world: World,
+        batches: Iterable[LabelledBatch] | None,
+        num_batches: int,
+        placement: Placement,
+        timeout_s: float = 0.0,
+    ) -> None:
+        self._stages = [(links, nn.ModuleList(units)) for links, units in stages]
+        self._world = world
+        self._batches = batches
+        self._num_batches = num_batches
+        self._placement = placement
+        self._timeout_s = timeout_s
+
+    def __call__(self) -> Scores:
+        """Send every batch through the stages here, then add up."""
+        sums = Sums(self._placement.device)
+        with ExitStack() as modes, torch.inference_mode():
+            for (from_below, _), units in self._stages:
+                modes.enter_context(_evaluation_mode(units))
+                if from_below is not None:
+                    from_below.expect(self._num_batches)
+            batches = iter(self._batches) if self._batches is not None else None
+            for i in range(self._num_batches):
+                for links, units in self._stages:
+                    self._step(i, links, units, batches, sums)
+        for (_, to_above), _ in self._stages:
+            if to_above is not None:
+                to_above.flush(timeout_s=self._timeout_s)
+        found = self._world.gather(sums.numbers() if self._has_loss else None)
+        return self._world.share(scores_of([item for item in found if item]) if found else _NOTHING)
+
+    @property
+    def _has_loss(self) -> bool:
+        (_, to_above), _ = self._stages[-1]
+        return to_above is None
+
+    def _step(
+        self,
+        i: int,
+        links: Neighbours,
+        units: nn.ModuleList,
+        batches: Iterator[LabelledBatch] | None,
+        sums: Sums,
+    ) -> None:
+        from_below, to_above = links
+        if from_below is None:
+            assert batches is not None
+            batch = next(batches)
+            message = Activation(i, (self._placement.images(batch),), self._placement.labels(batch))
+        else:
+            message = from_below.receive(i, operation=f"evaluation {i}", timeout_s=self._timeout_s)
+        with _autocast(self._placement):
+            streams = message.streams
+            for unit in units:
+                streams = as_streams(unit(*streams))
+        if to_above is None:
+            sums.add(_full(streams[0], self._placement), message.labels)
+        else:
+            to_above.send(Activation(i, streams, message.labels), timeout_s=self._timeout_s)
+
+
+_NOTHING = Scores(0.0, 0.0, 0.0, 0)
+
+
+@contextmanager
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    # One by one: a part may have been put in evaluation mode on purpose.
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _autocast(placement: Placement) -> "torch.autocast | nullcontext[None]":
+    if placement.autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(placement.device.type, dtype=placement.autocast_dtype)
+
+
+def _full(logits: Tensor, placement: Placement) -> Tensor:
+    return logits.float() if placement.autocast_dtype is not None else logits

@@ -7,17 +7,54 @@ messages.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor
 
+from petractl.engine import wire
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
-from petractl.engine.stage import Stage
+from petractl.engine.stage import Counters, Stage, Totals
 from petractl.engine.transport import Mailbox
+from petractl.engine.update import Updater
 from petractl.errors import RunError
 
 MicrobatchSource = Iterator[tuple[Tensor, Tensor]]
 """Images (n, c, h, w) and labels (n,), one microbatch after the other."""
+
+M = TypeVar("M", Activation, Gradient)
+
+
+class StageRecord(Protocol):
+    """What everyone may know of a stage: who it is, what it has done, how it updates."""
+
+    index: int
+    counters: Counters
+    totals: Totals
+    updater: Updater
+
+
+class Pipeline(Protocol):
+    """The stages of this process, and the way to train them."""
+
+    accumulation: int
+
+    @property
+    def stages(self) -> Sequence[StageRecord]:
+        """The stages that live in this process, the lowest first."""
+        ...
+
+    def train(
+        self,
+        source: MicrobatchSource | None,
+        *,
+        num_microbatches: int,
+        num_rows: int | None = None,
+        offset: int = 0,
+        on_microbatch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train on the next `num_microbatches`; every one gets its backward before this returns."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +67,33 @@ class _Seat:
 
 
 class InProcessPipeline:
-    """Runs epochs of microbatches through the stages and drains at the end of each."""
+    """Runs epochs of microbatches through the stages and drains at the end of each.
 
-    def __init__(self, stages: Sequence[Stage], *, lookahead: Sequence[int], accumulation: int) -> None:
+    Messages between stages are rounded to `number_formats` (upwards, downwards), as on the wire between
+    processes: the bits are the same.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        lookahead: Sequence[int],
+        accumulation: int,
+        number_formats: tuple[str, str] = ("float32", "float32"),
+    ) -> None:
         assert len(stages) == len(lookahead)
         self.stages = tuple(stages)
         self.lookahead = tuple(lookahead)
         self.accumulation = accumulation
+        self._formats = number_formats
         self._seats = [_Seat(stage, Mailbox(), Mailbox()) for stage in stages]
 
     def train(
         self,
-        source: MicrobatchSource,
+        source: MicrobatchSource | None,
         *,
         num_microbatches: int,
+        num_rows: int | None = None,
         offset: int = 0,
         on_microbatch: Callable[[int], None] | None = None,
     ) -> None:
@@ -52,6 +102,7 @@ class InProcessPipeline:
         `offset` is the number of microbatches trained on before. `on_microbatch(i)` is called after the last
         stage's backward of microbatch i.
         """
+        assert source is not None
         for stage in self.stages:
             stage.offset = offset
         pending = [
@@ -61,6 +112,7 @@ class InProcessPipeline:
                     num_microbatches=num_microbatches,
                     accumulation=self.accumulation,
                     is_last=j == len(self.stages) - 1,
+                    num_rows=num_rows,
                 )
             )
             for j, w in enumerate(self.lookahead)
@@ -94,7 +146,7 @@ class InProcessPipeline:
         else:
             message = self._take_activation(j, i, source)
             if operation.kind is Kind.FORWARD:
-                self._seats[j + 1].activations.send(stage.forward(message))
+                self._seats[j + 1].activations.send(self._rounded(stage.forward(message), self._formats[0]))
             else:
                 self._send_down(j, stage.forward_backward(message, group_size=size))
 
@@ -109,7 +161,10 @@ class InProcessPipeline:
 
     def _send_down(self, j: int, message: Gradient) -> None:
         if j > 0:
-            self._seats[j - 1].gradients.send(message)
+            self._seats[j - 1].gradients.send(self._rounded(message, self._formats[1]))
+
+    def _rounded(self, message: M, number_format: str) -> M:
+        return cast(M, wire.rounded(message, number_format=number_format))
 
 
 class _Pending:

@@ -1,38 +1,45 @@
 """The training loop: epochs through the pipeline, evaluation, and the events that tell of both.
 
-The loop waits for the device only where a number is shown: at most twice a second, and at the end of an
-epoch.
+Every process of a run is in the same loop; at the end of an epoch the first one gathers what the stages have
+counted and measured, and tells it. The loop waits for the device only where a number is shown: at most twice
+a second, and at the end of an epoch.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from petractl.engine.evaluation import LabelledBatch, Placement, Scores, evaluate
-from petractl.engine.pipeline import InProcessPipeline
+from petractl.engine.evaluation import LabelledBatch, Placement, Scores
+from petractl.engine.memory import peak_memory_bytes
+from petractl.engine.pipeline import Pipeline
+from petractl.engine.process_pipeline import Measures
 from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Counters
+from petractl.engine.world import Alone, World
 from petractl.events import (
     EpochStarted,
     EpochTrained,
     Evaluated,
     Event,
     StageCounted,
+    StageMeasured,
     StepsDone,
     WarningRaised,
 )
 
 PROGRESS_INTERVAL_S = 0.5
+_PROGRESS_KEY = "progress"
 
 
 class TrainingData(Protocol):
     """A source of epochs; what it yields is a function of (epoch, index) alone."""
 
-    steps_per_epoch: int
     wait_s: float
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[LabelledBatch]:
@@ -67,31 +74,71 @@ class Outcome:
     training_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class EpochLength:
+    """Microbatches of an epoch: of this replica, and the most over all replicas."""
+
+    microbatches: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """The sums of an epoch on the last stage of one replica."""
+
+    samples: int
+    loss: float
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What one process tells of an epoch."""
+
+    replica: int
+    rank: int
+    stages: tuple[tuple[int, Counters], ...]
+    microbatches: int
+    totals: _Totals | None
+    rate: float
+    updates: int
+    measures: Measures | None
+    peak_memory_bytes: int | None
+
+
 class Trainer:
-    """Runs epochs until `epochs` are done. `save(state, is_best, is_last)` is called after each."""
+    """Runs epochs until `epochs` are done. `save(state, is_best, is_last)` is called after each.
+
+    `training_data` is given where images enter and nowhere else. `settle` is called when an epoch is trained:
+    replicas then make their running statistics one. `evaluate` gives every process the same scores.
+    """
 
     def __init__(
         self,
-        network: nn.Module,
         *,
-        pipeline: InProcessPipeline,
-        training_data: TrainingData,
-        evaluation_data: EvaluationData,
+        pipeline: Pipeline,
+        world: World | Alone,
+        training_data: TrainingData | None,
+        length: EpochLength,
+        evaluate: Callable[[], Scores],
         placement: Placement,
         epochs: int,
         evaluate_every: int,
         emit: Callable[[Event], None],
         save: Callable[[TrainingState, bool, bool], None],
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
-        self._network = network
         self._pipeline = pipeline
+        self._world = world
         self._data = training_data
-        self._evaluation_data = evaluation_data
+        self._length = length
+        self._evaluation = evaluate
         self._placement = placement
         self._epochs = epochs
         self._evaluate_every = evaluate_every
         self._emit = emit
         self._save = save
+        self._settle = settle
         self._images = 0
         self._training_s = 0.0
         self._has_diverged = False
@@ -110,23 +157,53 @@ class Trainer:
         return Outcome(state, self._images, self._training_s)
 
     def _train(self, epoch: int) -> None:
-        steps = self._data.steps_per_epoch
         before = [replace(stage.counters) for stage in self._pipeline.stages]
-        last = self._pipeline.stages[-1]
-        last.totals.reset()
-        waited = self._data.wait_s
+        self._pipeline.stages[-1].totals.reset()
+        waited = self._data.wait_s if self._data else 0.0
         started = time.perf_counter()
-        progress = _Progress(self, epoch, steps, started)
-        batches = self._data.epoch(epoch - 1)
         self._pipeline.train(
-            self._placed(batches),
-            num_microbatches=steps,
-            offset=(epoch - 1) * steps,
-            on_microbatch=progress,
+            self._placed(self._data.epoch(epoch - 1)) if self._data else None,
+            num_microbatches=self._length.microbatches,
+            num_rows=self._length.rows,
+            offset=(epoch - 1) * self._length.rows,
+            on_microbatch=_Progress(self, epoch, started),
         )
-        loss, top1 = last.totals.means()
+        report = self._report(before)
         seconds = time.perf_counter() - started
-        samples = last.totals.samples
+        self._settle()
+        reports = self._world.gather(report)
+        if reports:
+            waited_s = (self._data.wait_s if self._data else 0.0) - waited
+            self._tell_trained(epoch, reports, seconds=seconds, waited_s=waited_s)
+
+    def _report(self, before: list[Counters]) -> _Report:
+        """Sum up the epoch; waits for the device."""
+        seat, last = self._world.seat, self._pipeline.stages[-1]
+        totals = None
+        if last.totals.loss is not None and last.totals.correct is not None:
+            totals = _Totals(last.totals.samples, float(last.totals.loss), int(last.totals.correct))
+        device = self._placement.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        stages = zip(self._pipeline.stages, before, strict=True)
+        return _Report(
+            replica=seat.replica,
+            rank=seat.rank,
+            stages=tuple((stage.index, _since(stage.counters, counters)) for stage, counters in stages),
+            microbatches=self._length.microbatches,
+            totals=totals,
+            rate=last.updater.rate,
+            updates=last.counters.updates,
+            measures=getattr(self._pipeline, "measures", None),
+            peak_memory_bytes=peak_memory_bytes(device) if isinstance(self._world, World) else None,
+        )
+
+    def _tell_trained(self, epoch: int, reports: list[_Report], *, seconds: float, waited_s: float) -> None:
+        last = [report for report in reports if report.totals is not None]
+        samples = sum(report.totals.samples for report in last if report.totals)
+        loss_sum = sum(report.totals.loss for report in last if report.totals)
+        correct = sum(report.totals.correct for report in last if report.totals)
+        loss = loss_sum / samples if samples else math.nan
         if not math.isfinite(loss):
             self._warn_of_divergence(epoch, loss)
         self._images += samples
@@ -135,17 +212,22 @@ class Trainer:
             EpochTrained(
                 epoch=epoch,
                 loss=loss,
-                top1=top1,
+                top1=100.0 * correct / samples if samples else math.nan,
                 samples=samples,
                 images_per_s=samples / seconds,
                 seconds=seconds,
-                lr=self._rate(),
-                update=last.counters.updates,
-                data_wait_percent=100.0 * (self._data.wait_s - waited) / seconds,
+                lr=last[0].rate if last else math.nan,
+                update=last[0].updates if last else 0,
+                data_wait_percent=100.0 * waited_s / seconds,
             )
         )
-        for stage, counters in zip(self._pipeline.stages, before, strict=True):
-            self._emit(self._counted(epoch, stage.index, steps, stage.counters, counters))
+        rows = [(report.replica, index, report, done) for report in reports for index, done in report.stages]
+        rows.sort(key=lambda row: row[:2])
+        for _, index, report, done in rows:
+            self._emit(self._counted(epoch, index, report, done))
+        for _, index, report, _ in rows:
+            if report.measures is not None:
+                self._emit(_measured(epoch, index, report, report.measures))
 
     def _warn_of_divergence(self, epoch: int, loss: float) -> None:
         if not self._has_diverged:
@@ -154,18 +236,20 @@ class Trainer:
             hint = "stop it; lower optimizer.lr, lengthen training.warmup_epochs or set optimizer.clip_norm"
             self._emit(WarningRaised(message=message, hint=hint))
 
-    def _counted(self, epoch: int, stage: int, steps: int, now: Counters, before: Counters) -> StageCounted:
+    def _counted(self, epoch: int, stage: int, report: _Report, done: Counters) -> StageCounted:
         counted = StageCounted(
             epoch=epoch,
             stage=stage,
-            microbatches=steps,
-            forwards=now.forwards - before.forwards,
-            backwards=now.backwards - before.backwards,
-            updates=now.updates - before.updates,
-            partial_groups=now.partial_groups - before.partial_groups,
+            microbatches=report.microbatches,
+            forwards=done.forwards,
+            backwards=done.backwards,
+            updates=done.updates,
+            partial_groups=done.partial_groups,
+            replica=report.replica,
         )
-        expected = num_updates(num_microbatches=steps, accumulation=self._pipeline.accumulation)
-        assert counted.forwards == counted.backwards == steps, f"microbatches were dropped: {counted}"
+        expected = num_updates(num_microbatches=self._length.rows, accumulation=self._pipeline.accumulation)
+        complete = counted.forwards == counted.backwards == report.microbatches
+        assert complete, f"microbatches were dropped: {counted}"
         assert counted.updates == expected, f"updates were dropped: {counted}"
         return counted
 
@@ -173,29 +257,37 @@ class Trainer:
         for batch in batches:
             yield self._placement.images(batch), self._placement.labels(batch)
 
-    def _rate(self) -> float:
-        return self._pipeline.stages[-1].updater.rate
+    def show_progress(self, epoch: int, *, microbatches: int, seconds: float) -> None:
+        """Tell of the progress within an epoch; where the loss is, waits for the device.
 
-    def steps_done(self, epoch: int, *, microbatches: int, of: int, seconds: float) -> None:
-        """Tell of the progress within an epoch; waits for the device."""
-        last = self._pipeline.stages[-1]
-        loss, top1 = last.totals.means()
-        self._emit(
-            StepsDone(
+        Loss and accuracy are the first replica's, the speed is that of all replicas together.
+        """
+        world = self._world
+        if world.seat.is_last and world.seat.replica == 0:
+            last = self._pipeline.stages[-1]
+            loss, top1 = last.totals.means()
+            steps = StepsDone(
                 epoch=epoch,
                 microbatches=microbatches,
-                of=of,
+                of=self._length.microbatches,
                 loss=loss,
                 top1=top1,
-                images_per_s=last.totals.samples / seconds,
-                lr=self._rate(),
+                images_per_s=last.totals.samples * world.seat.num_replicas / seconds,
+                lr=last.updater.rate,
                 update=last.counters.updates,
             )
-        )
+            if world.seat.rank == 0:
+                self._emit(steps)
+            else:
+                world.tell(_PROGRESS_KEY, json.dumps(asdict(steps)))
+        elif world.seat.rank == 0:
+            told = json.loads(world.ask(_PROGRESS_KEY) or "{}")
+            if told.get("epoch") == epoch:
+                self._emit(StepsDone(**told))
 
     def _evaluate(self, state: TrainingState) -> tuple[TrainingState, bool]:
         started = time.perf_counter()
-        scores = evaluate(self._network, self._evaluation_data, placement=self._placement)
+        scores = self._evaluation()
         seconds = time.perf_counter() - started
         epoch = state.epochs_done
         self._emit(
@@ -215,13 +307,41 @@ class Trainer:
         return state, is_best
 
 
+def _since(now: Counters, before: Counters) -> Counters:
+    return Counters(
+        forwards=now.forwards - before.forwards,
+        backwards=now.backwards - before.backwards,
+        updates=now.updates - before.updates,
+        partial_groups=now.partial_groups - before.partial_groups,
+    )
+
+
+def _measured(epoch: int, stage: int, report: _Report, measures: Measures) -> StageMeasured:
+    percent = 100.0 / measures.seconds if measures.seconds else 0.0
+    compute = percent * measures.compute_s
+    return StageMeasured(
+        epoch=epoch,
+        stage=stage,
+        replica=report.replica,
+        rank=report.rank,
+        seconds=measures.seconds,
+        compute_percent=compute,
+        wait_forward_percent=percent * measures.wait_forward_s,
+        wait_backward_percent=percent * measures.wait_backward_s,
+        idle_percent=100.0 - compute,
+        bytes_sent_forward=measures.bytes_sent_forward,
+        bytes_sent_backward=measures.bytes_sent_backward,
+        staleness_updates=measures.staleness_updates,
+        peak_memory_bytes=report.peak_memory_bytes,
+    )
+
+
 class _Progress:
     """Called after each microbatch; tells of it when enough time has passed."""
 
-    def __init__(self, trainer: Trainer, epoch: int, of: int, started: float) -> None:
+    def __init__(self, trainer: Trainer, epoch: int, started: float) -> None:
         self._trainer = trainer
         self._epoch = epoch
-        self._of = of
         self._started = started
         self._last = started
 
@@ -230,6 +350,4 @@ class _Progress:
         if now - self._last < PROGRESS_INTERVAL_S:
             return
         self._last = now
-        self._trainer.steps_done(
-            self._epoch, microbatches=microbatch + 1, of=self._of, seconds=now - self._started
-        )
+        self._trainer.show_progress(self._epoch, microbatches=microbatch + 1, seconds=now - self._started)

@@ -97,6 +97,11 @@ class Evaluator:
             outputs = self._evaluate(leaves)
         return Linearization(leaves, outputs, self.parameters if parameters is None else parameters)
 
+    def embedded(self, inputs: Streams, *, microbatch: int, live: bool) -> Streams:
+        """Evaluate as a part of a larger graph: gradients flow on to whatever made the inputs."""
+        with torch.enable_grad(), self._conditions(microbatch, live=live, parameters=None):
+            return self._evaluate(inputs)
+
     def reconstruct(
         self, outputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
     ) -> Reconstruction:

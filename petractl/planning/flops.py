@@ -28,6 +28,7 @@ class UnitCost:
     flops: int
     parameters: int
     output_shapes: tuple[tuple[int, ...], ...]
+    output_dtypes: tuple[torch.dtype, ...] = ()
 
 
 def unit_costs(
@@ -58,6 +59,7 @@ def unit_costs(
                 flops=flops // samples,
                 parameters=sum(parameter.numel() for parameter in unit.parameters()),
                 output_shapes=tuple(tuple(stream.shape[1:]) for stream in streams),
+                output_dtypes=tuple(stream.dtype for stream in streams),
             )
         )
     return costs

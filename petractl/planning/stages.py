@@ -38,6 +38,7 @@ def stage_plans(
     cuts: Sequence[int],
     lookahead: Sequence[int],
     accumulation: int,
+    devices: Sequence[str] = (),
 ) -> tuple[StagePlan, ...]:
     """Return what a person reads of each stage before the first step."""
     bounds = stage_bounds(cuts, num_units=len(costs))
@@ -53,6 +54,7 @@ def stage_plans(
             keeps="nothing" if j == last else _kept_words(kept[first:end]),
             lookahead=lookahead[j],
             staleness_updates=lookahead[j] / accumulation,
+            device=devices[j] if devices else "",
         )
         for j, (first, end) in enumerate(bounds)
     )

@@ -57,6 +57,17 @@ class TestGraph:
             y = unit.plain((x,), live=False, **CURRENT)[0]
             assert torch.equal(y, unit.linearize((x,), live=False, **CURRENT).outputs[0])
 
+    @pytest.mark.parametrize("live", [True, False])
+    def test_embedded_is_a_part_of_a_larger_graph(self, live):
+        unit, x = layers(), images().requires_grad_()
+        expected = torch.autograd.grad(unit(2 * x).sum(), [x, *unit.parameters()])
+        embedded = evaluator(layers())
+        before = buffers(embedded.unit)
+        (y,) = embedded.embedded((2 * x,), microbatch=0, live=live)
+        found = torch.autograd.grad(y.sum(), [x, *embedded.unit.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert unchanged(embedded.unit, before) is not live
+
     def test_images_get_no_gradient(self):
         unit = evaluator(layers())
         line = unit.linearize((images(),), live=True, input_gradient=False, **CURRENT)

@@ -1,0 +1,34 @@
+"""From a recipe to everything that trains it: the only package that sees both a recipe and the parts.
+
+`check` finds out all that can be known before the first step, without memory for the weights, and reports
+every problem at once. `build` then makes the net, the data, the stages and the pipeline from what `check`
+found.
+"""
+
+from petractl.build.layout import IN_PROCESS, PROCESSES, Layout, choose_mode
+from petractl.build.make import (
+    Built,
+    build,
+    build_network,
+    evaluation_data,
+    evaluation_placement,
+    process_device,
+)
+from petractl.build.parts import num_threads
+from petractl.build.plan import CheckedPlan, check
+
+__all__ = [
+    "IN_PROCESS",
+    "PROCESSES",
+    "Built",
+    "CheckedPlan",
+    "Layout",
+    "build",
+    "build_network",
+    "check",
+    "choose_mode",
+    "evaluation_data",
+    "evaluation_placement",
+    "num_threads",
+    "process_device",
+]

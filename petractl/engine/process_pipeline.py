@@ -1,0 +1,216 @@
+"""The engine of one process: one stage, the messages of its neighbours, and the stage's list of operations.
+
+The list is the schedule's, the same as in one process, and the process blocks only on the message that its
+next operation needs: so the result has the same bits, whatever the speed of the machines.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from petractl.engine.links import Inbox, Outbox
+from petractl.engine.messages import Activation, Gradient
+from petractl.engine.pipeline import MicrobatchSource
+from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
+from petractl.engine.stage import Counters, Totals
+from petractl.engine.update import Updater
+from petractl.errors import RunError
+
+
+class StageLike(Protocol):
+    """What a stage has to be for the engine: `Stage`, or one that only sleeps (benchmarks)."""
+
+    index: int
+    offset: int
+    counters: Counters
+    totals: Totals
+    updater: Updater
+    delay: int
+
+    def forward(self, message: Activation) -> Activation:
+        """Run the forward."""
+        ...
+
+    def backward(self, message: Gradient, *, group_size: int) -> Gradient:
+        """Run the backward."""
+        ...
+
+    def forward_backward(self, message: Activation, *, group_size: int) -> Gradient:
+        """Run the last stage's operation."""
+        ...
+
+    def update(self, *, partial: bool) -> None:
+        """Update the parameters."""
+        ...
+
+    def microbatches_in_flight(self) -> int:
+        """Count what waits for its backward."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The four links of a stage; None where there is no neighbour."""
+
+    from_below: Inbox[Activation] | None = None
+    to_below: Outbox[Gradient] | None = None
+    to_above: Outbox[Activation] | None = None
+    from_above: Inbox[Gradient] | None = None
+
+    def close(self) -> None:
+        """End the links' threads."""
+        for link in (self.from_below, self.to_below, self.to_above, self.from_above):
+            if link is not None:
+                link.close()
+
+
+@dataclass(slots=True)
+class Measures:
+    """How a stage spent an epoch: seconds, bytes, and the staleness of its backwards in updates."""
+
+    seconds: float = 0.0
+    wait_data_s: float = 0.0
+    wait_forward_s: float = 0.0
+    wait_backward_s: float = 0.0
+    wait_replicas_s: float = 0.0
+    bytes_sent_forward: int = 0
+    bytes_sent_backward: int = 0
+    staleness_sum: int = 0
+    backwards: int = 0
+
+    @property
+    def compute_s(self) -> float:
+        """The seconds in which the stage waited for nobody."""
+        waits = self.wait_data_s + self.wait_forward_s + self.wait_backward_s + self.wait_replicas_s
+        return max(0.0, self.seconds - waits)
+
+    @property
+    def staleness_updates(self) -> float:
+        """The mean number of updates between a forward and its backward."""
+        return self.staleness_sum / self.backwards if self.backwards else 0.0
+
+
+class ProcessPipeline:
+    """One stage of a pipeline, driven by its list of operations; see the module's docstring.
+
+    `stall_timeout_s` is how long it waits for a message before it gives up (0: for ever).
+    """
+
+    def __init__(
+        self,
+        stage: StageLike,
+        *,
+        links: Links,
+        lookahead: int,
+        accumulation: int,
+        stall_timeout_s: float = 0.0,
+    ) -> None:
+        self.stages = (stage,)
+        self.accumulation = accumulation
+        self.measures = Measures()
+        self._stage = stage
+        self._links = links
+        self._lookahead = lookahead
+        self._timeout_s = stall_timeout_s
+
+    def train(
+        self,
+        source: MicrobatchSource | None,
+        *,
+        num_microbatches: int,
+        num_rows: int | None = None,
+        offset: int = 0,
+        on_microbatch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train on the next `num_microbatches`; every one gets its backward before this returns.
+
+        `source` is given to the first stage and to no other. `num_rows` is the largest number of microbatches
+        among the replicas, `offset` the rows trained on before. `on_microbatch(i)` is called after this
+        stage's backward of microbatch i.
+
+        Raises:
+            PeerLost: a neighbour is gone.
+            Stalled: a message did not come.
+        """
+        stage, links = self._stage, self._links
+        stage.offset = offset
+        self.measures = measures = Measures()
+        before = self._link_totals()
+        started = time.perf_counter()
+        if links.from_below is not None:
+            links.from_below.expect(num_microbatches)
+        if links.from_above is not None:
+            links.from_above.expect(num_microbatches)
+        operations = stage_operations(
+            lookahead=self._lookahead,
+            num_microbatches=num_microbatches,
+            accumulation=self.accumulation,
+            is_last=links.to_above is None,
+            num_rows=num_rows,
+        )
+        for operation in operations:
+            self._execute(operation, source, num_microbatches)
+            if operation.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD):
+                measures.staleness_sum += stage.delay
+                measures.backwards += 1
+                if on_microbatch is not None:
+                    on_microbatch(operation.microbatch)
+        for link in (links.to_above, links.to_below):
+            if link is not None:
+                link.flush(timeout_s=self._timeout_s)
+        assert stage.microbatches_in_flight() == 0
+        measures.seconds = time.perf_counter() - started
+        after = self._link_totals()
+        measures.wait_forward_s, measures.wait_backward_s, measures.wait_replicas_s = (
+            b - a for a, b in zip(before[:3], after[:3], strict=True)
+        )
+        measures.bytes_sent_forward = int(after[3] - before[3])
+        measures.bytes_sent_backward = int(after[4] - before[4])
+
+    def close(self) -> None:
+        """End the links' threads."""
+        self._links.close()
+
+    def _execute(self, operation: Operation, source: MicrobatchSource | None, total: int) -> None:
+        stage, links, i = self._stage, self._links, operation.microbatch
+        size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
+        if operation.kind is Kind.UPDATE:
+            stage.update(partial=size < self.accumulation)
+        elif operation.kind is Kind.BACKWARD:
+            assert links.from_above is not None
+            message = links.from_above.receive(i, operation=str(operation), timeout_s=self._timeout_s)
+            self._send_down(stage.backward(message, group_size=size))
+        elif operation.kind is Kind.FORWARD:
+            assert links.to_above is not None
+            links.to_above.send(stage.forward(self._take(operation, source)))
+        else:
+            self._send_down(stage.forward_backward(self._take(operation, source), group_size=size))
+
+    def _take(self, operation: Operation, source: MicrobatchSource | None) -> Activation:
+        i = operation.microbatch
+        if self._links.from_below is not None:
+            return self._links.from_below.receive(i, operation=str(operation), timeout_s=self._timeout_s)
+        assert source is not None, "the first stage needs data"
+        started = time.perf_counter()
+        microbatch = next(source, None)
+        self.measures.wait_data_s += time.perf_counter() - started
+        if microbatch is None:
+            raise RunError(f"the data ended after {i} microbatches", where="stage 0", hint="check the data")
+        images, labels = microbatch
+        return Activation(i, (images,), labels)
+
+    def _send_down(self, message: Gradient) -> None:
+        if self._links.to_below is not None:
+            self._links.to_below.send(message)
+
+    def _link_totals(self) -> tuple[float, float, float, int, int]:
+        links = self._links
+        reducer = getattr(self._stage, "reducer", None)
+        return (
+            links.from_below.waited_s if links.from_below else 0.0,
+            links.from_above.waited_s if links.from_above else 0.0,
+            reducer.wait_s if reducer is not None else 0.0,
+            links.to_above.bytes_sent if links.to_above else 0,
+            links.to_below.bytes_sent if links.to_below else 0,
+        )
