@@ -1,8 +1,9 @@
 """Checkpoints: a folder of safetensors named by unit, and a manifest with checksums that commits them.
 
 Everything is written to a temporary folder and synced; renaming that folder is the last step, so that a
-checkpoint exists whole or not at all. In a run of several processes each writes the tensors of its stages. Loading runs no code: tensors are safetensors, the rest is JSON. Names
-are those of units, never of stages, so that a run can go on with another partition.
+checkpoint exists whole or not at all. In a run of several processes each writes the tensors of its stages.
+Loading runs no code: tensors are safetensors, the rest is JSON. Names are those of units, never of stages, so
+that a run can go on with another partition.
 """
 
 import hashlib

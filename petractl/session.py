@@ -86,7 +86,6 @@ class Session:
         self._interrupts = interrupts
         self._recipe = plan.recipe
         self._built = built
-        self._plan = plan
         self._recipe_name = recipe_name
         self._notes = [*plan.warnings]
         if built.left_weights:
@@ -290,7 +289,7 @@ class Session:
             final_top1=scores.top1 if scores else None,
             final_top5=scores.top5 if scores else None,
             images_per_s=outcome.images / outcome.training_s if outcome.training_s else 0.0,
-            peak_memory_bytes=peak_memory_bytes(self._plan.device),
+            peak_memory_bytes=peak_memory_bytes(self._built.placement.device),
         )
 
 

@@ -8,10 +8,12 @@ found.
 from petractl.build.layout import IN_PROCESS, PROCESSES, Layout, choose_mode
 from petractl.build.make import (
     Built,
+    DataHere,
     build,
     build_network,
     evaluation_data,
     evaluation_placement,
+    open_data_here,
     process_device,
 )
 from petractl.build.parts import num_threads
@@ -22,6 +24,7 @@ __all__ = [
     "PROCESSES",
     "Built",
     "CheckedPlan",
+    "DataHere",
     "Layout",
     "build",
     "build_network",
@@ -30,5 +33,6 @@ __all__ = [
     "evaluation_data",
     "evaluation_placement",
     "num_threads",
+    "open_data_here",
     "process_device",
 ]

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import petractl
 from petractl.build.layout import IN_PROCESS, Layout, device_of, exact_schedule
 from petractl.build.parts import (
     autocast_dtype,
@@ -27,24 +26,20 @@ from petractl.build.parts import (
     wire_formats,
 )
 from petractl.build.plan import CheckedPlan
+from petractl.build.wiring import Wiring
 from petractl.data import DataInfo, TrainLoader, open_data
 from petractl.data.loader import EvalLoader
-from petractl.engine import wire
 from petractl.engine.assembly import assemble_stages, stage_bounds
-from petractl.engine.carriers import Carrier, HostCarrier, MessageSize, NcclCarrier, Route, StagedCarrier
 from petractl.engine.evaluation import PipelinedEvaluation, Placement, Scores, evaluate
-from petractl.engine.links import Inbox, Outbox
-from petractl.engine.messages import Activation
 from petractl.engine.pipeline import InProcessPipeline, Pipeline
-from petractl.engine.process_pipeline import Links, ProcessPipeline
+from petractl.engine.process_pipeline import ProcessPipeline
 from petractl.engine.replicas import Reducer, average_buffers
 from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Stage
 from petractl.engine.trainer import EpochLength, EvaluationData
-from petractl.engine.world import Alone, World, agree
+from petractl.engine.world import Alone, World
 from petractl.events import PlanMade
 from petractl.methods.evaluation import Evaluator
-from petractl.methods.family import Keep
 from petractl.methods.randomness import derive_seed
 from petractl.models.units import Network
 from petractl.models.weights import load_weights
@@ -53,8 +48,6 @@ from petractl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from petractl.engine.exact import ExactPipeline
-
-_EVALUATION_AHEAD = 4  # batches on their way to a slower stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +71,7 @@ class Built:
 
 
 @dataclass(frozen=True, slots=True)
-class _DataHere:
+class DataHere:
     """The data as far as this process has them, and what all processes know of them."""
 
     info: DataInfo
@@ -88,17 +81,27 @@ class _DataHere:
     eval_batches: int
 
 
-def build(plan: CheckedPlan, *, starting_weights: bool = True, world: World | None = None) -> Built:
+def build(
+    plan: CheckedPlan,
+    *,
+    starting_weights: bool = True,
+    world: World | None = None,
+    data: DataHere | None = None,
+) -> Built:
     """Make the net, the data and the pipeline; in several processes, this process's part of them.
+
+    `data` are those of another build of the same data, which are then not opened again.
 
     Raises:
         UserError: the data or the starting weights are not what they should be.
         RunError: the processes of the world do not fit together.
     """
     if plan.layout.mode == IN_PROCESS:
-        return _build_alone(plan, starting_weights=starting_weights)
+        data = data or open_data_here(plan, Alone())
+        return _build_alone(plan, data, starting_weights=starting_weights)
     assert world is not None, "a run in processes needs its world"
-    return _build_part(plan, world, starting_weights=starting_weights)
+    data = data or open_data_here(plan, world)
+    return _build_part(plan, data, world, starting_weights=starting_weights)
 
 
 def build_network(plan: CheckedPlan) -> Network:
@@ -125,10 +128,8 @@ def _placement(recipe: Recipe, device: torch.device) -> Placement:
     return Placement(device, memory_format(recipe), autocast_dtype(recipe))
 
 
-def _build_alone(plan: CheckedPlan, *, starting_weights: bool) -> Built:
+def _build_alone(plan: CheckedPlan, data: DataHere, *, starting_weights: bool) -> Built:
     recipe = plan.recipe
-    world = Alone()
-    data = _open_data(plan, world)
     network, left = _weights(plan, starting_weights=starting_weights)
     network.to(plan.device)
     placement = _placement(recipe, plan.device)
@@ -142,7 +143,7 @@ def _build_alone(plan: CheckedPlan, *, starting_weights: bool) -> Built:
     return Built(
         network=network,
         pipeline=pipeline,
-        world=world,
+        world=Alone(),
         training_data=data.training,
         length=data.length,
         evaluate=partial(evaluate, network, data.evaluation, placement=placement),
@@ -152,10 +153,9 @@ def _build_alone(plan: CheckedPlan, *, starting_weights: bool) -> Built:
     )
 
 
-def _build_part(plan: CheckedPlan, world: World, *, starting_weights: bool) -> Built:
+def _build_part(plan: CheckedPlan, data: DataHere, world: World, *, starting_weights: bool) -> Built:
     recipe, seat = plan.recipe, world.seat
     network, left = _weights(plan, starting_weights=starting_weights)
-    data = _open_data(plan, world)
     wanted = plan.layout.stages_of(seat.place)
     bounds = stage_bounds(plan.cuts, num_units=len(plan.names))
     here = [n for j in wanted for n in range(*bounds[j])]
@@ -184,11 +184,33 @@ def _build_part(plan: CheckedPlan, world: World, *, starting_weights: bool) -> B
         world=world,
         training_data=data.training,
         length=data.length,
-        evaluate=wiring.evaluation(part, data, placement),
+        evaluate=_evaluation(plan, part, wiring, data, placement, world),
         placement=placement,
         plan=_plan_event(plan, data, devices, threads=torch.get_num_threads(), backend=world.backend),
         left_weights=left,
         settle=partial(_settle, part, world),
+    )
+
+
+def _evaluation(
+    plan: CheckedPlan,
+    part: "_NetworkPart",
+    wiring: Wiring,
+    data: DataHere,
+    placement: Placement,
+    world: World,
+) -> PipelinedEvaluation:
+    bounds = stage_bounds(plan.cuts, num_units=len(plan.names))
+    return PipelinedEvaluation(
+        [
+            (wiring.evaluation_links(j, number), part.range(*bounds[j]))
+            for number, j in enumerate(plan.layout.stages_of(world.seat.place))
+        ],
+        world=world,
+        batches=data.evaluation,
+        num_batches=data.eval_batches,
+        placement=placement,
+        timeout_s=plan.recipe.engine.stall_timeout,
     )
 
 
@@ -225,7 +247,7 @@ def _weights(plan: CheckedPlan, *, starting_weights: bool) -> tuple[Network, tup
     return network, left
 
 
-def _open_data(plan: CheckedPlan, world: World | Alone) -> _DataHere:
+def open_data_here(plan: CheckedPlan, world: World | Alone) -> DataHere:
     """Open the data where images enter; everyone learns how long an epoch is."""
     recipe, seat = plan.recipe, world.seat
     training, evaluation, info = None, None, plan.info
@@ -252,11 +274,11 @@ def _open_data(plan: CheckedPlan, world: World | Alone) -> _DataHere:
     told = world.gather_all(mine)[seat.replica * seat.num_places] if isinstance(world, World) else mine
     assert told is not None
     microbatches, rows, batches = told
-    return _DataHere(info, training, evaluation, EpochLength(microbatches, rows), batches)
+    return DataHere(info, training, evaluation, EpochLength(microbatches, rows), batches)
 
 
 def _stages(
-    plan: CheckedPlan, network: Network, data: _DataHere, *, device: torch.device, wanted: range | None
+    plan: CheckedPlan, network: Network, data: DataHere, *, device: torch.device, wanted: range | None
 ) -> list[Stage]:
     recipe = plan.recipe
     return assemble_stages(
@@ -275,7 +297,7 @@ def _stages(
 
 
 def _exact_pipeline(
-    plan: CheckedPlan, network: Network, data: _DataHere, world: World, reducer: Reducer | None
+    plan: CheckedPlan, network: Network, data: DataHere, world: World, reducer: Reducer | None
 ) -> "ExactPipeline":
     # Here, since torch's pipelining doubles the time of every start, and few runs need it.
     from petractl.engine.exact import ExactPipeline
@@ -299,7 +321,7 @@ def _exact_pipeline(
             for n in units
         ]
         updater = make_updater(recipe, data.length.rows, [(name, p) for name, p in named if p.requires_grad])
-        parts.append(ExactPart(index=j, evaluators=evaluators, updater=updater))
+        parts.append(ExactPart(j, evaluators, updater, replica=seat.replica, replicas=seat.num_replicas))
     return ExactPipeline(
         parts=parts,
         loss=partial(functional.cross_entropy, label_smoothing=recipe.training.label_smoothing),
@@ -315,132 +337,8 @@ def _exact_pipeline(
     )
 
 
-class Wiring:
-    """The links of a process with its neighbours, for training and for evaluation."""
-
-    def __init__(self, plan: CheckedPlan, world: World, *, tag: int = 0) -> None:
-        self._plan = plan
-        self._world = world
-        self._tag = tag
-        self._formats = wire_formats(plan.recipe)
-
-    def agree(self) -> None:
-        """Check that all processes have the same versions and expect messages of the same sizes."""
-        facts = {"torch": torch.__version__, "petractl": petractl.__version__}
-        for place in range(1, self._world.seat.num_places):
-            for upwards in (True, False):
-                way = f"{place - 1} to {place}" if upwards else f"{place} to {place - 1}"
-                facts[f"the size of a message from stage {way}"] = str(self._size(place, upwards=upwards))
-        agree(self._world, facts)
-
-    def training_links(self) -> Links:
-        """Return the links of training."""
-        place, last = self._world.seat.place, self._world.seat.num_places - 1
-        me, tag = self._world.me, self._tag
-        below, above = place - 1, place + 1
-        links = Links()
-        if place > 0:
-            peer = self._world.neighbour(below)
-            links = Links(
-                from_below=Inbox(self._carrier(below, upwards=True, tag=tag), owner=me, peer=peer),
-                to_below=Outbox(self._carrier(below, upwards=False, tag=tag), owner=me, peer=peer),
-            )
-        if place < last:
-            peer = self._world.neighbour(above)
-            links = Links(
-                from_below=links.from_below,
-                to_below=links.to_below,
-                to_above=Outbox(self._carrier(above, upwards=True, tag=tag), owner=me, peer=peer),
-                from_above=Inbox(self._carrier(above, upwards=False, tag=tag), owner=me, peer=peer),
-            )
-        return links
-
-    def evaluation(self, part: "_NetworkPart", data: _DataHere, placement: Placement) -> Callable[[], Scores]:
-        """Return the evaluation through the stages of this process, of which an interleaved pipeline has two."""
-        world = self._world
-        bounds = stage_bounds(self._plan.cuts, num_units=len(self._plan.names))
-        stages = [
-            (self._evaluation_links(j, number), part.range(*bounds[j]))
-            for number, j in enumerate(self._plan.layout.stages_of(world.seat.place))
-        ]
-        return PipelinedEvaluation(
-            stages,
-            world=world,
-            batches=data.evaluation,
-            num_batches=data.eval_batches,
-            placement=placement,
-            timeout_s=self._plan.recipe.engine.stall_timeout,
-        )
-
-    def _evaluation_links(
-        self, stage: int, number: int
-    ) -> tuple[Inbox[Activation] | None, Outbox[Activation] | None]:
-        places, me = self._world.seat.num_places, self._world.me
-        tag = self._tag + 1 + number
-        inbox: Inbox[Activation] | None = None
-        outbox: Outbox[Activation] | None = None
-        if stage > 0:
-            below = (stage - 1) % places
-            wrapped = tag - 1 if below > self._world.seat.place else tag
-            inbox = Inbox(
-                self._evaluation_carrier(below, stage, tag=wrapped),
-                owner=me,
-                peer=self._world.neighbour(below),
-            )
-        if stage < self._plan.num_stages - 1:
-            above = (stage + 1) % places
-            outbox = Outbox(
-                self._evaluation_carrier(above, stage + 1, tag=tag),
-                owner=me,
-                peer=self._world.neighbour(above),
-                limit=_EVALUATION_AHEAD,
-            )
-        return inbox, outbox
-
-    def _evaluation_carrier(self, place: int, stage: int, *, tag: int) -> Carrier:
-        # Exact, whatever the recipe's format: an accuracy is that of the net, not of the network.
-        size = self._size(
-            stage, upwards=True, samples=eval_batch_size(self._plan.recipe), number_format="float32"
-        )
-        return self._make(place, size, upwards=True, tag=tag)
-
-    def _carrier(self, place: int, *, upwards: bool, tag: int) -> Carrier:
-        stage = max(place, self._world.seat.place)
-        return self._make(place, self._size(stage, upwards=upwards), upwards=upwards, tag=tag)
-
-    def _make(self, place: int, size: MessageSize, *, upwards: bool, tag: int) -> Carrier:
-        world = self._world
-        group = world.forward if upwards else world.backward
-        device = world.device
-        if world.backend == "nccl":
-            headers = world.forward_headers if upwards else world.backward_headers
-            route = Route(world.rank_of(place), group, tag, headers)
-            return NcclCarrier(route, size, upwards=upwards, device=device)
-        route = Route(world.rank_of(place), group, tag)
-        if device.type == "cuda":
-            return StagedCarrier(route, size, upwards=upwards, device=device)
-        return HostCarrier(route, size, upwards=upwards)
-
-    def _size(self, stage: int, *, upwards: bool, samples: int = 0, number_format: str = "") -> MessageSize:
-        """Return the size of a message over the cut below `stage`."""
-        plan = self._plan
-        samples = samples or plan.recipe.data.batch_size
-        unit = plan.cuts[stage - 1] - 1
-        cost = plan.costs[unit]
-        streams = [
-            ((samples, *shape), dtype)
-            for shape, dtype in zip(cost.output_shapes, cost.output_dtypes, strict=True)
-        ]
-        rebuilt = plan.keepings[unit].keep is Keep.NOTHING
-        down = [*streams, *streams] if rebuilt else streams
-        tensors = [*streams, ((samples,), torch.int64)] if upwards else down
-        number_format = number_format or self._formats[0 if upwards else 1]
-        payload = wire.payload_bytes(tensors, number_format=number_format)
-        return MessageSize(8 * wire.header_words(len(tensors)), payload, number_format)
-
-
 def _plan_event(
-    plan: CheckedPlan, data: _DataHere, devices: list[str], *, threads: int, backend: str = ""
+    plan: CheckedPlan, data: DataHere, devices: list[str], *, threads: int, backend: str = ""
 ) -> PlanMade:
     recipe, k, layout = plan.recipe, plan.recipe.method.accumulation, plan.layout
     return PlanMade(

@@ -116,7 +116,11 @@ def check(
     recipe = loaded.recipe
     problems = _Problems()
     mode = IN_PROCESS if test_only else choose_mode(recipe, launch)
-    device = _check_device(recipe, problems) if mode == IN_PROCESS else torch.device("cpu")
+    device = torch.device("cpu")
+    if mode == IN_PROCESS:
+        device = _check_device(recipe, problems)
+    elif not recipe.engine.devices:
+        _check_device(recipe, problems)
     if info is None:
         with problems.collect("data"):
             info = describe_data(recipe.data.name, test_only=test_only, **data_places(recipe))

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from petractl.cli import bench, export, ls, resume, run, show, validate
 from petractl.cli import eval as eval_
-from petractl.cli import export, ls, resume, run, show, validate
 from petractl.cli.report import guarded
 
 _TRAIN = "Train"
@@ -33,6 +33,7 @@ COMMANDS = (
     Command("resume", resume.command, _TRAIN),
     Command("eval", eval_.command, _TRAIN),
     Command("export", export.command, _TRAIN),
+    Command("bench", bench.command, _LOOK),
     Command("validate", validate.command, _LOOK),
     Command("show", show.command, _LOOK),
     Command("ls", ls.command, _LOOK),

@@ -42,6 +42,7 @@ from petractl.engine.exact_stage import (
     as_output,
     failures_escape,
 )
+from petractl.engine.measures import Measures
 from petractl.engine.pipeline import MicrobatchSource
 from petractl.engine.stage import Loss
 from petractl.errors import PeerLost, RunError, Stalled
@@ -124,6 +125,7 @@ class ExactPipeline:
             schedule, num_stages=self.num_stages, num_places=seat.num_places, accumulation=accumulation
         )
         assert not problem, problem
+        self._measures: tuple[Measures, ...] = ()
         self._loss = loss
         self._schedule = schedule
         self._seat = seat
@@ -170,6 +172,7 @@ class ExactPipeline:
         for stage in self.stages:
             stage.offset = offset
         self._on_microbatch = on_microbatch
+        sent = [(part.bytes_sent_forward, part.bytes_sent_backward) for part in self.stages]
         try:
             for first in range(0, rows, self.accumulation):
                 size = max(0, min(self.accumulation, num_microbatches - first))
@@ -180,7 +183,22 @@ class ExactPipeline:
         except StageFailure as failure:
             raise failure.error from failure.error.__cause__
         self.compute_s = self._stopwatch.read()
-        self.wait_s = max(0.0, time.perf_counter() - started - self.compute_s)
+        seconds = time.perf_counter() - started
+        self.wait_s = max(0.0, seconds - self.compute_s)
+        self._measures = tuple(
+            Measures(
+                seconds=seconds,
+                is_itemised=False,
+                wait_other_s=self.wait_s,
+                bytes_sent_forward=part.bytes_sent_forward - up,
+                bytes_sent_backward=part.bytes_sent_backward - down,
+            )
+            for part, (up, down) in zip(self.stages, sent, strict=True)
+        )
+
+    def stage_measures(self) -> tuple[Measures, ...]:
+        """Return how the stages spent the last epoch; those of one process share its time."""
+        return self._measures
 
     def _run_group(self, source: MicrobatchSource | None, *, first: int, size: int) -> int:
         """Give every microbatch of a group its forward and backward; return the group's samples."""

@@ -38,8 +38,14 @@ class ExactPart:
     totals: Totals = field(default_factory=Totals)
     offset: int = 0
     """Microbatches before the current epoch: in-unit randomness counts from the start of training."""
+    replica: int = 0
+    replicas: int = 1
     bytes_sent_forward: int = 0
     bytes_sent_backward: int = 0
+
+    def position(self, microbatch: int) -> int:
+        """Return a microbatch's place in training, over all replicas: what in-unit randomness is drawn by."""
+        return (self.offset + microbatch) * self.replicas + self.replica
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -144,7 +150,7 @@ class Body(nn.Module):
 
     def _run(self, streams: Streams) -> Streams:
         is_probe = self.microbatch is None
-        microbatch = self.part.offset + (self.microbatch or 0)
+        microbatch = self.part.position(self.microbatch or 0)
         for evaluator in self.part.evaluators:
             streams = evaluator.embedded(streams, microbatch=microbatch, live=not is_probe)
         self.part.counters.forwards += not is_probe

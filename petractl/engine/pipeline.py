@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar, cast
 from torch import Tensor
 
 from petractl.engine import wire
+from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
 from petractl.engine.stage import Counters, Stage, Totals
@@ -54,6 +55,10 @@ class Pipeline(Protocol):
         on_microbatch: Callable[[int], None] | None = None,
     ) -> None:
         """Train on the next `num_microbatches`; every one gets its backward before this returns."""
+        ...
+
+    def stage_measures(self) -> Sequence[Measures]:
+        """Return how each of the stages spent the last epoch; nothing where that has no meaning."""
         ...
 
 
@@ -128,6 +133,10 @@ class InProcessPipeline:
                     moved = True
             assert moved, f"no stage can go on: {[str(p.operation) for p in pending]}"
         assert all(stage.microbatches_in_flight() == 0 for stage in self.stages)
+
+    def stage_measures(self) -> tuple[Measures, ...]:
+        """Return nothing: stages of one process wait for nobody."""
+        return ()
 
     def _ready(self, j: int, operation: Operation) -> bool:
         if operation.kind is Kind.UPDATE:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from petractl.engine.links import Inbox, Outbox
+from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.pipeline import MicrobatchSource
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
@@ -65,32 +66,6 @@ class Links:
                 link.close()
 
 
-@dataclass(slots=True)
-class Measures:
-    """How a stage spent an epoch: seconds, bytes, and the staleness of its backwards in updates."""
-
-    seconds: float = 0.0
-    wait_data_s: float = 0.0
-    wait_forward_s: float = 0.0
-    wait_backward_s: float = 0.0
-    wait_replicas_s: float = 0.0
-    bytes_sent_forward: int = 0
-    bytes_sent_backward: int = 0
-    staleness_sum: int = 0
-    backwards: int = 0
-
-    @property
-    def compute_s(self) -> float:
-        """The seconds in which the stage waited for nobody."""
-        waits = self.wait_data_s + self.wait_forward_s + self.wait_backward_s + self.wait_replicas_s
-        return max(0.0, self.seconds - waits)
-
-    @property
-    def staleness_updates(self) -> float:
-        """The mean number of updates between a forward and its backward."""
-        return self.staleness_sum / self.backwards if self.backwards else 0.0
-
-
 class ProcessPipeline:
     """One stage of a pipeline, driven by its list of operations; see the module's docstring.
 
@@ -136,7 +111,7 @@ class ProcessPipeline:
         stage, links = self._stage, self._links
         stage.offset = offset
         self.measures = measures = Measures()
-        before = self._link_totals()
+        before = self.link_totals()
         started = time.perf_counter()
         if links.from_below is not None:
             links.from_below.expect(num_microbatches)
@@ -161,12 +136,16 @@ class ProcessPipeline:
                 link.flush(timeout_s=self._timeout_s)
         assert stage.microbatches_in_flight() == 0
         measures.seconds = time.perf_counter() - started
-        after = self._link_totals()
+        after = self.link_totals()
         measures.wait_forward_s, measures.wait_backward_s, measures.wait_replicas_s = (
             b - a for a, b in zip(before[:3], after[:3], strict=True)
         )
         measures.bytes_sent_forward = int(after[3] - before[3])
         measures.bytes_sent_backward = int(after[4] - before[4])
+
+    def stage_measures(self) -> tuple[Measures, ...]:
+        """Return how the stage spent the last epoch."""
+        return (self.measures,)
 
     def close(self) -> None:
         """End the links' threads."""
@@ -204,7 +183,8 @@ class ProcessPipeline:
         if self._links.to_below is not None:
             self._links.to_below.send(message)
 
-    def _link_totals(self) -> tuple[float, float, float, int, int]:
+    def link_totals(self) -> tuple[float, float, float, int, int]:
+        """Return seconds waited for below, above and replicas, bytes sent up and down, since the start."""
         links = self._links
         reducer = getattr(self._stage, "reducer", None)
         return (

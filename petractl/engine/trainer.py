@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from petractl.engine.evaluation import LabelledBatch, Placement, Scores
+from petractl.engine.measures import Measures
 from petractl.engine.memory import peak_memory_bytes
 from petractl.engine.pipeline import Pipeline
-from petractl.engine.process_pipeline import Measures
 from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Counters
 from petractl.engine.world import Alone, World
@@ -102,7 +102,7 @@ class _Report:
     totals: _Totals | None
     rate: float
     updates: int
-    measures: Measures | None
+    measures: tuple[Measures, ...]
     peak_memory_bytes: int | None
 
 
@@ -194,7 +194,7 @@ class Trainer:
             totals=totals,
             rate=last.updater.rate,
             updates=last.counters.updates,
-            measures=getattr(self._pipeline, "measures", None),
+            measures=tuple(self._pipeline.stage_measures()),
             peak_memory_bytes=peak_memory_bytes(device) if isinstance(self._world, World) else None,
         )
 
@@ -221,13 +221,17 @@ class Trainer:
                 data_wait_percent=100.0 * waited_s / seconds,
             )
         )
-        rows = [(report.replica, index, report, done) for report in reports for index, done in report.stages]
+        rows = [
+            (report.replica, index, n, report)
+            for report in reports
+            for n, (index, _) in enumerate(report.stages)
+        ]
         rows.sort(key=lambda row: row[:2])
-        for _, index, report, done in rows:
-            self._emit(self._counted(epoch, index, report, done))
-        for _, index, report, _ in rows:
-            if report.measures is not None:
-                self._emit(_measured(epoch, index, report, report.measures))
+        for _, index, n, report in rows:
+            self._emit(self._counted(epoch, index, report, report.stages[n][1]))
+        for _, index, n, report in rows:
+            if report.measures:
+                self._emit(_measured(epoch, index, report, report.measures[n]))
 
     def _warn_of_divergence(self, epoch: int, loss: float) -> None:
         if not self._has_diverged:
@@ -326,8 +330,8 @@ def _measured(epoch: int, stage: int, report: _Report, measures: Measures) -> St
         rank=report.rank,
         seconds=measures.seconds,
         compute_percent=compute,
-        wait_forward_percent=percent * measures.wait_forward_s,
-        wait_backward_percent=percent * measures.wait_backward_s,
+        wait_forward_percent=percent * measures.wait_forward_s if measures.is_itemised else None,
+        wait_backward_percent=percent * measures.wait_backward_s if measures.is_itemised else None,
         idle_percent=100.0 - compute,
         bytes_sent_forward=measures.bytes_sent_forward,
         bytes_sent_backward=measures.bytes_sent_backward,

@@ -109,10 +109,12 @@ def _command(words: list[str]) -> Command | None:
 
 
 def shrunk(command: Command) -> Command:
-    """Return a `run` with overrides that make it small; any other command as it is."""
-    if command.arguments[0] != "run":
+    """Return a `run` or `bench` with overrides that make it small; any other command as it is."""
+    if command.arguments[0] not in ("run", "bench"):
         return command
     extra = [word for override in SMALL for word in ("--set", override)]
+    if command.arguments[0] == "bench":
+        extra += ["--repeats", "1", "--microbatches", "2", "--warmup", "1"]
     return dataclasses.replace(command, arguments=(*command.arguments, *extra))
 
 

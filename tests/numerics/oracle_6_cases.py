@@ -82,7 +82,9 @@ class Head(nn.Module):
 
 
 def inner(width: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Tanh(), nn.Dropout(0.2))
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Tanh(), nn.Dropout(0.2)
+    )
 
 
 def dropout_net(*, in_channels: int, width: int, classes: int) -> list[nn.Module]:
@@ -116,7 +118,9 @@ def run_case(loaded: LoadedRecipe, *, launch: Launch | None, world: World | None
             found[f"epoch {epoch} loss"] = totals.loss.clone()
             found[f"epoch {epoch} correct"] = totals.correct.clone()
         scores = built.evaluate()
-        found[f"epoch {epoch} scores"] = torch.tensor([scores.loss, scores.top1, scores.top5], dtype=torch.float64)
+        found[f"epoch {epoch} scores"] = torch.tensor(
+            [scores.loss, scores.top1, scores.top5], dtype=torch.float64
+        )
     found |= {name: tensor.clone().contiguous() for name, tensor in built.network.state_dict().items()}
     names = {id(p): name for name, p in built.network.named_parameters()}
     for stage in pipeline.stages:

@@ -38,7 +38,14 @@ LAYERS = (
 )
 # Below the recipe's only readers there are plain keyword arguments.
 WITHOUT_RECIPE = ("models", "data", "optim", "methods", "engine", "planning", "checkpoint", "tracking")
-WITHOUT_TORCH = ("petractl.errors", "petractl.events", "petractl.recipe", "petractl.engine.schedule")
+WITHOUT_TORCH = (
+    "petractl.errors",
+    "petractl.events",
+    "petractl.recipe",
+    "petractl.engine.schedule",
+    "petractl.engine.exact_rules",
+    "petractl.engine.measures",
+)
 HEAVY = frozenset({"torch", "torchvision", "mlflow", "webdataset", "matplotlib"})
 HEAVY_FOR_CLI = HEAVY | {"pydantic"}
 PRINTING = ("petractl.cli", "petractl.tracking.console")

@@ -184,14 +184,16 @@ def buffers_are_reused(line: Line) -> Found:
         outbox = line.outbox(carrier)
         for i in range(count + kept_count + count):
             outbox.send(activation(i))
-            outbox.flush(timeout_s=PATIENCE_S)
+            line.barrier()
         outbox.close()
         return {"allocated": allocated(carrier)}
     inbox = line.inbox(carrier)
     inbox.expect(count + kept_count + count)
 
     def receive(i: int) -> Activation:
-        return inbox.receive(i, operation="F", timeout_s=PATIENCE_S)
+        message: Activation = inbox.receive(i, operation="F", timeout_s=PATIENCE_S)
+        line.barrier()  # no message lies in the queue
+        return message
 
     for i in range(count):
         receive(i)
