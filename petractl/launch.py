@@ -125,12 +125,22 @@ def _train_alone(ready: _Ready, built: build.Built, interrupts: Interrupts) -> i
 
 
 def _start_processes(ready: _Ready) -> int:
-    return run_workers(
+    journal = ready.folder.path / JOURNAL_NAME
+    before = _size(journal)
+    code = run_workers(
         [sys.executable, "-m", "petractl.worker"],
         titles=ready.start.titles,
         log_dir=ready.folder.path / LOGS,
         environment={START_VARIABLE: ready.start.to_json()},
     )
+    if code and _size(journal) == before:
+        # Interrupted before the run has begun: no worker has said so.
+        raise KeyboardInterrupt
+    return code
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _join(prepare: Preparation, launch: Launch) -> int:
@@ -186,8 +196,9 @@ def _prepare_run(
         folder.write_start(recipe=loaded.text, resolved=render(plan.recipe), environment=environment())
         try:
             yield _Ready(folder, plan, loaded.name, tuple(loaded.warnings), built=built)
-        except UserError:
-            # Found by a process that opened the data: nothing was started, and nothing is left behind.
+        except (UserError, KeyboardInterrupt):
+            # Found by a process that opened the data, or interrupted before the first step: nothing was
+            # started, and nothing is left behind.
             if not (folder.path / JOURNAL_NAME).exists():
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise

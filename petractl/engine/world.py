@@ -275,7 +275,8 @@ def join(
     Raises:
         RunError: a process is missing, or NCCL is asked for where it cannot be.
     """
-    timeout = timedelta(seconds=timeout_s or _FOREVER_S)
+    # Waits for messages are timed by their inboxes; the time between two of them is nobody's fault.
+    forever, bounded = timedelta(seconds=_FOREVER_S), timedelta(seconds=timeout_s or _FOREVER_S)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
@@ -283,7 +284,7 @@ def join(
         store=PrefixStore("petractl/world", store),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timeout,
+        timeout=max(bounded, timedelta(seconds=_JOIN_TIMEOUT_S)),
     )
     control = dist.group.WORLD
     assert control is not None
@@ -291,22 +292,19 @@ def join(
     dist.all_gather_object(places, (socket.gethostname(), str(device)), group=control)
     kind = _choose_backend(backend, places)
     everyone = list(range(launch.world_size))
-    forward, backward = (_group(everyone, kind, timeout) for _ in range(2))
+    forward, backward = (_group(everyone, kind, forever) for _ in range(2))
     headers: list[dist.ProcessGroup | None] = [None, None]
     if kind == "nccl":
-        headers = [_group(everyone, "gloo", timeout) for _ in range(2)]
-    pipeline: dist.ProcessGroup = forward
+        headers = [_group(everyone, "gloo", forever) for _ in range(2)]
+    by_replica = [
+        [replica * seat.num_places + place for place in range(seat.num_places)]
+        for replica in range(seat.num_replicas)
+    ]
+    pipelines = [_group(ranks, kind, bounded) for ranks in by_replica]
     replicas: dist.ProcessGroup | None = None
-    for replica in range(seat.num_replicas if seat.num_replicas > 1 else 0):
-        ranks = [replica * seat.num_places + place for place in range(seat.num_places)]
-        group = _group(ranks, kind, timeout)
-        if replica == seat.replica:
-            pipeline = group
-    for place in range(seat.num_places if seat.num_replicas > 1 else 0):
-        ranks = [replica * seat.num_places + place for replica in range(seat.num_replicas)]
-        group = _group(ranks, kind, timeout)
-        if place == seat.place:
-            replicas = group
+    if seat.num_replicas > 1:
+        copies = [_group(ranks, kind, bounded) for ranks in zip(*by_replica, strict=True)]
+        replicas = copies[seat.place]
     return World(
         seat,
         store=PrefixStore("petractl/told", store),
@@ -314,7 +312,7 @@ def join(
         control=control,
         forward=forward,
         backward=backward,
-        pipeline=pipeline,
+        pipeline=pipelines[seat.replica],
         replicas=replicas,
         backend=kind,
         forward_headers=headers[0],
