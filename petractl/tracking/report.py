@@ -308,7 +308,8 @@ def _processes(plan: PlanMade) -> str:
 
 def _staleness(plan: PlanMade) -> str:
     most = max((stage.staleness_updates for stage in plan.stages), default=0.0)
-    return f"gradients up to {_short(most)} update{'' if most == 1 else 's'} late" if most else "no gradient is late"
+    updates = "update" if most == 1 else "updates"
+    return f"gradients up to {_short(most)} {updates} late" if most else "no gradient is late"
 
 
 def _flops_unit(flops: float) -> tuple[str, float]:
