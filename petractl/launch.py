@@ -4,6 +4,7 @@
 the user's input is found, and raised, before a run folder is made.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from petractl.engine.world import Launch, connect, wait_for_told
 from petractl.errors import DataError, PeerLost, Problem, RecipeError, RunError, UserError
 from petractl.events import RunFinished, RunStarted
 from petractl.interrupts import Interrupts
-from petractl.processes import redirect_output, reported, run_workers
+from petractl.processes import die_with_parent, redirect_output, reported, run_workers
 from petractl.recipe.load import LoadedRecipe, load_recipe
 from petractl.recipe.render import render
 from petractl.run_folder import RunFolder, create_run_folder, open_run_folder
@@ -31,6 +32,7 @@ from petractl.worker import LOGS, START_VARIABLE, Start
 _START_KEY = "petractl/start"
 _NO_START = "no start"
 _NOTHING_TO_DO = "nothing to do"
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 RESUMABLE_KEYS = (
     "partition.stages",
@@ -79,6 +81,7 @@ class _Ready:
     recipe_name: str
     warnings: tuple[Problem, ...]
     saved: checkpoint.Checkpoint | None = None
+    is_new: bool = False
     built: build.Built | None = None
     """In one process: whatever is wrong with data or weights is known before the folder is made."""
 
@@ -94,6 +97,7 @@ class _Ready:
             info=asdict(self.plan.info),
             warnings=[[warning.key, warning.what, warning.hint] for warning in self.warnings],
             checkpoint=str(self.saved.path) if self.saved else "",
+            is_new=self.is_new,
         )
 
 
@@ -149,6 +153,8 @@ def _join(prepare: Preparation, launch: Launch) -> int:
     Never returns where it fails: the process then ends with its report.
     """
     rank = launch.rank
+    if _TORCHRUN_VARIABLE in os.environ:
+        die_with_parent()
     with reported("process", rank), ExitStack() as stack:
         store = connect(launch)
         if rank == 0:
@@ -168,7 +174,12 @@ def _join(prepare: Preparation, launch: Launch) -> int:
         _check_folder_is_here(start)
         with reported(start.title(rank), rank):
             redirect_output(Path(start.run_dir) / LOGS, rank, start.title(rank))
-            code = worker.train(start, launch, store)
+            try:
+                code = worker.train(start, launch, store)
+            except UserError:
+                if rank == 0 and start.is_new:
+                    _discard_unstarted(Path(start.run_dir))
+                raise
             if code:
                 sys.exit(code)
     return 0
@@ -195,13 +206,18 @@ def _prepare_run(
     with folder.locked():
         folder.write_start(recipe=loaded.text, resolved=render(plan.recipe), environment=environment())
         try:
-            yield _Ready(folder, plan, loaded.name, tuple(loaded.warnings), built=built)
+            yield _Ready(folder, plan, loaded.name, tuple(loaded.warnings), built=built, is_new=True)
         except (UserError, KeyboardInterrupt):
             # Found by a process that opened the data, or interrupted before the first step: nothing was
             # started, and nothing is left behind.
-            if not (folder.path / JOURNAL_NAME).exists():
-                shutil.rmtree(folder.path, ignore_errors=True)
+            _discard_unstarted(folder.path)
             raise
+
+
+def _discard_unstarted(run_dir: Path) -> None:
+    """Delete the folder of a new run that has not begun."""
+    if not (run_dir / JOURNAL_NAME).exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def _built(plan: build.CheckedPlan, saved: checkpoint.Checkpoint | None) -> build.Built | None:
@@ -237,7 +253,7 @@ def _prepare_resume(run: Path, overrides: Sequence[str], launch: Launch | None) 
         built = _built(plan, saved)
         folder.write_resolved(render(plan.recipe))
         warnings = [*_lost(damaged, state, run), *loaded.warnings, *_length_warning(state, overrides)]
-        yield _Ready(folder, plan, name, tuple(warnings), saved, built)
+        yield _Ready(folder, plan, name, tuple(warnings), saved, built=built)
 
 
 def _check_length(state: TrainingState, loaded: LoadedRecipe) -> None:

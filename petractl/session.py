@@ -46,8 +46,8 @@ from petractl.tracking.plots import CurvePlotter
 
 EXIT_INTERRUPTED = 130
 
-_CONSEQUENCE_S = 1.0  # in which a signal for all processes reaches this one too
 _FAILURE_KEY = "failure"
+_INTERRUPTED_KEY = "interrupted"
 
 
 def prepare_process(plan: build.CheckedPlan, *, processes: int = 1) -> None:
@@ -134,13 +134,20 @@ class Session:
         return 0
 
     def _is_interruption(self, error: BaseException) -> bool:
-        """Tell whether a run that ends was told to; the others may have ended a moment before."""
+        """Tell whether a run that ends was told to; the others may have ended a moment before.
+
+        A neighbour that dies makes torchrun stop all others: a signal after that is no interruption.
+        """
+        world = self._built.world
         if isinstance(error, PeerLost) and not self._interrupts.requested:
-            try:
-                time.sleep(_CONSEQUENCE_S)
-            except KeyboardInterrupt:
-                return True
-        return isinstance(error, KeyboardInterrupt) or self._interrupts.requested
+            with contextlib.suppress(Exception):
+                return world.ask(_INTERRUPTED_KEY) is not None
+            return False
+        if isinstance(error, KeyboardInterrupt) or self._interrupts.requested:
+            with contextlib.suppress(Exception):
+                world.tell(_INTERRUPTED_KEY, "yes")
+            return True
+        return False
 
     def _cause(self, error: BaseException) -> str:
         """Return why the run failed: another process knows it where a neighbour was lost."""

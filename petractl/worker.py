@@ -25,7 +25,7 @@ class Start:
     """What every process of a run must know before it reads the recipe in the run folder.
 
     `info` describes the data, which need not lie on every machine. `checkpoint` is what a resumed run goes on
-    from, "" for none.
+    from, "" for none; `is_new` says that the folder was made for this start.
     """
 
     run_dir: str
@@ -35,6 +35,7 @@ class Start:
     info: dict[str, Any]
     warnings: list[list[str]]
     checkpoint: str = ""
+    is_new: bool = False
 
     def to_json(self) -> str:
         """Return it as text."""
@@ -118,7 +119,8 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
             session.restore(saved)
             state = state_of(saved)
         code = session.train(state)
-        world.close()
+        if code == 0:
+            world.close()  # who was interrupted goes: the others may stand anywhere
         return code
 
 

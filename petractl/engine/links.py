@@ -185,10 +185,10 @@ class Inbox(Generic[M]):
 def _lost(owner: Place, peer: Place, error: BaseException) -> RunError:
     if isinstance(error, RunError):
         return error
-    return PeerLost(f"{owner} lost the connection to {peer} ({_reason(error)})")
+    return PeerLost(f"{owner} lost the connection to {peer} ({reason_of(error)})")
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Return what a backend says, without the place in its source."""
     text = str(error).strip().splitlines()
     return re.sub(r"^\[[^]]*\]\s*", "", text[0]) if text else type(error).__name__

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous as find_each_other
 
-from petractl.engine.links import Place
+from petractl.engine.links import Place, reason_of
 from petractl.errors import PeerLost, RunError, UserError
 
 T = TypeVar("T")
@@ -215,7 +215,7 @@ class _named_errors:  # noqa: N801 (a context manager)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
-            raise PeerLost(f"{self._me} lost the other processes ({str(error).splitlines()[0]})") from error
+            raise PeerLost(f"{self._me} lost the other processes ({reason_of(error)})") from error
 
 
 def connect(launch: Launch, *, timeout_s: float = _JOIN_TIMEOUT_S) -> Any:

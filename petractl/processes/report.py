@@ -160,7 +160,8 @@ def write_report(report: Report, path: Path) -> None:
     # torch takes the smallest time, in whole seconds, for the cause: what is a consequence comes later.
     is_consequence = report.kind in ("lost", "interrupted")
     seconds = int(report.time) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
-    about = {"py_callstack": report.traceback, "timestamp": str(seconds)}
+    stack = report.what if report.explained else report.traceback
+    about = {"py_callstack": stack, "timestamp": str(seconds)}
     record = {
         "message": {"message": report.what, "extraInfo": about},
         "petractl": dataclasses.asdict(report),
