@@ -10,10 +10,13 @@ wire, so that one process can give the bits of several.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from petractl.engine.messages import Activation, Gradient
@@ -58,7 +61,7 @@ class Part:
     @property
     def compact_shape(self) -> tuple[int, ...]:
         """The shape without repetition: 1 along every dimension in which the tensor is expanded."""
-        return tuple(1 if step == 0 else n for n, step in zip(self.shape, self.strides, strict=True))
+        return _compact(self.shape, self.strides)
 
     @property
     def end(self) -> int:
@@ -87,54 +90,89 @@ def tensors_of(message: Message) -> tuple[Tensor, ...]:
     return (*(message.streams or ()), *message.gradients)
 
 
-def parts_of(tensors: Sequence[Tensor], *, number_format: str) -> list[Part]:
-    """Lay tensors out in a payload, one after the other."""
-    parts, offset = [], 0
-    for tensor in tensors:
-        shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-        if len(shape) > MAX_DIMENSIONS or tensor.dtype not in _CODES:
+def parts_of(tensors: Sequence[Tensor], *, number_format: str) -> tuple[Part, ...]:
+    """Lay tensors out in a payload, one after the other.
+
+    Raises:
+        RunError: a tensor is of a kind that cannot be sent.
+    """
+    layout = tuple((x.dtype, tuple(x.shape), tuple(x.stride())) for x in tensors)
+    return _laid_out(layout, number_format)
+
+
+def write_header(message: Message, parts: tuple[Part, ...], header: Tensor) -> None:
+    """Describe a message in `header`, int64 of `header_words(...)`, on the CPU."""
+    described = _description(_split(message), parts)
+    words = header.numpy()
+    words[0] = message.microbatch
+    words[1 : 1 + len(described)] = described
+
+
+def read_header(header: Tensor) -> tuple[int, int, tuple[Part, ...]]:
+    """Return the microbatch, the number of tensors before the split (-1: no streams), and the parts."""
+    words = header.numpy()
+    count = int(words[_WORDS_FIRST - 1])
+    described = words[1 : _WORDS_FIRST + count * _WORDS_PER_TENSOR].tobytes()
+    return int(words[0]), int(words[1]), _described(described)
+
+
+# A run has a handful of layouts, and every message has one of them: what follows is done once for each.
+
+
+@lru_cache(maxsize=256)
+def _laid_out(
+    layout: tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]], ...], number_format: str
+) -> tuple[Part, ...]:
+    for dtype, shape, _ in layout:
+        if len(shape) > MAX_DIMENSIONS or dtype not in _CODES:
             raise RunError(
-                f"a tensor of {len(shape)} dimensions of {tensor.dtype} cannot be sent between stages",
+                f"a tensor of {len(shape)} dimensions of {dtype} cannot be sent between stages",
                 hint=f"units may exchange tensors of up to {MAX_DIMENSIONS} dimensions of the usual dtypes",
             )
-        sent_as = _sent_as(tensor.dtype, number_format)
-        count = math.prod(1 if step == 0 else n for n, step in zip(shape, strides, strict=True))
-        parts.append(
-            Part(tensor.dtype, sent_as, shape, strides, offset, _wire_bytes(count, tensor.dtype, sent_as))
-        )
-        offset = parts[-1].end
-    return parts
+    return _placed(
+        (dtype, _sent_as(dtype, number_format), shape, strides) for dtype, shape, strides in layout
+    )
 
 
-def write_header(message: Message, parts: Sequence[Part], header: Tensor) -> None:
-    """Describe a message in `header`, int64 of `header_words(...)`, on the CPU."""
-    if isinstance(message, Activation):
-        first = len(message.streams)
-    else:
-        first = _NO_STREAMS if message.streams is None else len(message.streams)
-    words = [message.microbatch, first, len(parts)]
+def _placed(
+    tensors: Iterable[tuple[torch.dtype, torch.dtype, tuple[int, ...], tuple[int, ...]]],
+) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    for dtype, sent_as, shape, strides in tensors:
+        nbytes = _wire_bytes(math.prod(_compact(shape, strides)), dtype, sent_as)
+        offset = parts[-1].end if parts else 0
+        parts.append(Part(dtype, sent_as, shape, strides, offset, nbytes))
+    return tuple(parts)
+
+
+@lru_cache(maxsize=256)
+def _description(first: int, parts: tuple[Part, ...]) -> NDArray[np.int64]:
+    """Return a header's words behind the microbatch."""
+    words = [first, len(parts)]
     for part in parts:
         padding = [0] * (MAX_DIMENSIONS - len(part.shape))
         words += [_CODES[part.dtype], _CODES[part.sent_as], len(part.shape)]
         words += [*part.shape, *padding, *part.strides, *padding]
-    header[: len(words)] = torch.tensor(words, dtype=torch.int64)
+    return np.array(words, dtype=np.int64)
 
 
-def read_header(header: Tensor) -> tuple[int, int, list[Part]]:
-    """Return the microbatch, the number of tensors before the split (-1: no streams), and the parts."""
-    words = header.tolist()
-    microbatch, first, count = words[:_WORDS_FIRST]
-    parts, offset = [], 0
-    for n in range(count):
-        at = _WORDS_FIRST + n * _WORDS_PER_TENSOR
-        dtype, sent_as = _DTYPES[words[at]], _DTYPES[words[at + 1]]
-        dimensions = words[at + 2]
+@lru_cache(maxsize=256)
+def _described(description: bytes) -> tuple[Part, ...]:
+    """Return the parts that `_description` has put into words."""
+    words = np.frombuffer(description, dtype=np.int64).tolist()
+    tensors = []
+    for at in range(_WORDS_FIRST - 1, len(words), _WORDS_PER_TENSOR):
+        dtype, sent_as, dimensions = _DTYPES[words[at]], _DTYPES[words[at + 1]], words[at + 2]
         shape = tuple(words[at + 3 : at + 3 + dimensions])
         strides = tuple(words[at + 3 + MAX_DIMENSIONS : at + 3 + MAX_DIMENSIONS + dimensions])
-        size = math.prod(1 if step == 0 else n for n, step in zip(shape, strides, strict=True))
-        parts.append(Part(dtype, sent_as, shape, strides, offset, _wire_bytes(size, dtype, sent_as)))
-        offset = parts[-1].end
-    return microbatch, first, parts
+        tensors.append((dtype, sent_as, shape, strides))
+    return _placed(tensors)
+
+
+def _split(message: Message) -> int:
+    if isinstance(message, Activation):
+        return len(message.streams)
+    return _NO_STREAMS if message.streams is None else len(message.streams)
 
 
 def write_payload(tensors: Sequence[Tensor], parts: Sequence[Part], payload: Tensor) -> None:
@@ -155,7 +193,7 @@ def write_payload(tensors: Sequence[Tensor], parts: Sequence[Part], payload: Ten
         if part.sent_as is torch.int8 and part.dtype is not torch.int8:
             scale = _scale(compact)
             region[:4].view(torch.float32).copy_(scale)
-            compact = torch.round(compact / scale).nan_to_num_(0.0)
+            compact = torch.round(compact / scale).nan_to_num_(0.0).reshape(part.compact_shape)
             region = region[_ALIGNMENT:]
         _view(region, part).copy_(compact)
 
@@ -178,16 +216,13 @@ def rounded(message: Message, *, number_format: str) -> Message:
     """Return what a message is after its way over the wire, for engines that have none."""
     if number_format == "float32":
         return message
-    tensors = tensors_of(message)
+    tensors: Sequence[Tensor] = tensors_of(message)
     parts = parts_of(tensors, number_format=number_format)
     payload = torch.empty(parts[-1].end, dtype=torch.uint8, device=tensors[0].device)
     write_payload(tensors, parts, payload)
-    if isinstance(message, Activation):
-        first = len(message.streams)
-    else:
-        first = _NO_STREAMS if message.streams is None else len(message.streams)
     upwards = isinstance(message, Activation)
-    return message_of(message.microbatch, first, read_payload(parts, payload), upwards=upwards)
+    tensors = read_payload(parts, payload)
+    return message_of(message.microbatch, _split(message), tensors, upwards=upwards)
 
 
 def _read(part: Part, region: Tensor) -> Tensor:
@@ -196,12 +231,10 @@ def _read(part: Part, region: Tensor) -> Tensor:
         scale, region = region[:4].view(torch.float32), region[_ALIGNMENT:]
     tensor = _view(region, part)
     if part.sent_as is not part.dtype or not _is_dense(part.compact_shape, part.strides):
-        arrived = tensor
+        arrived = tensor if scale is None else tensor * scale[0]
         tensor = torch.empty_strided(
             part.compact_shape, part.strides, dtype=part.dtype, device=region.device
         ).copy_(arrived)
-    if scale is not None:
-        tensor.mul_(scale)
     return tensor if part.compact_shape == part.shape else tensor.expand(part.shape)
 
 
@@ -213,7 +246,8 @@ def _view(region: Tensor, part: Part) -> Tensor:
     return flat.view(part.compact_shape)
 
 
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+@lru_cache(maxsize=256)
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Tell whether a tensor's elements fill its memory without gaps or overlaps, in any order."""
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, strides, strict=True) if size > 1):
@@ -221,6 +255,10 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
             return False
         expected *= size
     return True
+
+
+def _compact(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    return tuple(min(n, 1) if step == 0 else n for n, step in zip(shape, strides, strict=True))
 
 
 def _scale(tensor: Tensor) -> Tensor:
