@@ -81,12 +81,15 @@ class Draft:
             _sync(self._folder)
         return self.target
 
+    def discard(self) -> None:
+        """Give up: delete what is written so far."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
     @contextmanager
     def _refusals_told(self) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(self._temporary, ignore_errors=True)
             raise RunError(
                 f"the checkpoint could not be written: {error}",
                 where=str(self.target),
@@ -103,25 +106,38 @@ def save_checkpoint(
         RunError: the disk refuses; older checkpoints are untouched.
     """
     draft = Draft(folder, epoch=epoch)
-    draft.begin()
-    return draft.commit(draft.write(tensors), state=state)
+    try:
+        draft.begin()
+        return draft.commit(draft.write(tensors), state=state)
+    except BaseException:
+        draft.discard()
+        raise
 
 
-def load_checkpoint(path: Path, *, wanted: Callable[[str], bool] = lambda name: True) -> Checkpoint:
-    """Read a checkpoint after checking every file against the manifest; of its tensors, the wanted ones.
+def load_checkpoint(path: Path, *, wanted: Callable[[str], bool] | None = None) -> Checkpoint:
+    """Read a checkpoint after checking its files against the manifest.
+
+    With `wanted` only those tensors, and of the files only those that have one.
 
     Raises:
         RunError: a file is missing, damaged or not of this format.
     """
+    everything, wanted = wanted is None, wanted or (lambda name: True)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise _damaged(path, f"its format is {manifest['format']}, this version reads {FORMAT}")
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, expected in manifest["files"].items():
-            if Path(name).name != name or _sha256(path / name) != expected:
+            if Path(name).name != name:
                 raise _damaged(path, f"{name} is not what the manifest says")
             group = tensors.setdefault(name.split(".")[0], {})
+            if not (path / name).is_file():
+                raise _damaged(path, f"{name} is missing")
+            if not everything and not _has_any(path / name, wanted):
+                continue
+            if _sha256(path / name) != expected:
+                raise _damaged(path, f"{name} is not what the manifest says")
             with safe_open(path / name, framework="pt") as file:
                 group |= {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
         return Checkpoint(path, int(manifest["epoch"]), tensors, manifest["state"])
@@ -165,6 +181,11 @@ def prune_checkpoints(folder: Path, *, newest_epoch: int, keep_last: int, best_e
 def _epoch(path: Path) -> int | None:
     digits = path.name.removeprefix("epoch-")
     return int(digits) if digits.isdecimal() else None
+
+
+def _has_any(path: Path, wanted: Callable[[str], bool]) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return any(wanted(key) for key in file.keys())  # noqa: SIM118
 
 
 def _damaged(path: Path, what: str) -> RunError:

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from petractl import build, checkpoint, worker
@@ -18,7 +18,7 @@ from petractl.engine.world import Launch, connect, wait_for_told
 from petractl.errors import DataError, PeerLost, Problem, RecipeError, RunError, UserError
 from petractl.events import RunFinished, RunStarted
 from petractl.interrupts import Interrupts
-from petractl.processes import die_with_parent, redirect_output, reported, run_workers
+from petractl.processes import die_with_launcher, redirect_output, reported, run_workers
 from petractl.recipe.load import LoadedRecipe, load_recipe
 from petractl.recipe.render import render
 from petractl.run_folder import RunFolder, create_run_folder, open_run_folder
@@ -32,7 +32,7 @@ from petractl.worker import LOGS, START_VARIABLE, Start
 _START_KEY = "petractl/start"
 _NO_START = "no start"
 _NOTHING_TO_DO = "nothing to do"
-_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+_RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 RESUMABLE_KEYS = (
     "partition.stages",
@@ -153,8 +153,7 @@ def _join(prepare: Preparation, launch: Launch) -> int:
     Never returns where it fails: the process then ends with its report.
     """
     rank = launch.rank
-    if _TORCHRUN_VARIABLE in os.environ:
-        die_with_parent()
+    die_with_launcher()
     with reported("process", rank), ExitStack() as stack:
         store = connect(launch)
         if rank == 0:
@@ -176,7 +175,7 @@ def _join(prepare: Preparation, launch: Launch) -> int:
             redirect_output(Path(start.run_dir) / LOGS, rank, start.title(rank))
             try:
                 code = worker.train(start, launch, store)
-            except UserError:
+            except BaseException:
                 if rank == 0 and start.is_new:
                     _discard_unstarted(Path(start.run_dir))
                 raise
@@ -198,6 +197,7 @@ def _check_folder_is_here(start: Start) -> None:
 def _prepare_run(
     recipe: str, directory: Path | None, overrides: Sequence[str], launch: Launch | None
 ) -> Iterator[_Ready | None]:
+    _check_first_start(directory)
     loaded = load_recipe(recipe, overrides=overrides)
     _check_tracking(loaded)
     plan = build.check(loaded, launch=launch)
@@ -212,6 +212,15 @@ def _prepare_run(
             # started, and nothing is left behind.
             _discard_unstarted(folder.path)
             raise
+
+
+def _check_first_start(directory: Path | None) -> None:
+    """Refuse to begin a run again that torchrun restarts."""
+    if int(os.environ.get(_RESTARTS_VARIABLE, "0") or "0"):
+        raise UserError(
+            "torchrun has restarted the processes, and `run` would train again from the start",
+            hint=f"continue with: torchrun ... -m petractl resume {directory or 'RUN'}",
+        )
 
 
 def _discard_unstarted(run_dir: Path) -> None:
@@ -253,6 +262,8 @@ def _prepare_resume(run: Path, overrides: Sequence[str], launch: Launch | None) 
         built = _built(plan, saved)
         folder.write_resolved(render(plan.recipe))
         warnings = [*_lost(damaged, state, run), *loaded.warnings, *_length_warning(state, overrides)]
+        if saved is not None and built is None:
+            saved = replace(saved, tensors={})  # each process reads its own; this one only waits
         yield _Ready(folder, plan, name, tuple(warnings), saved, built=built)
 
 

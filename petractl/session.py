@@ -19,6 +19,7 @@ from petractl import build, checkpoint
 from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
 from petractl.engine.pipeline import StageRecord
+from petractl.engine.process_pipeline import ProcessPipeline
 from petractl.engine.stage import Counters
 from petractl.engine.trainer import Outcome, Trainer, TrainingState
 from petractl.engine.world import World
@@ -34,7 +35,7 @@ from petractl.events import (
 )
 from petractl.interrupts import Interrupts
 from petractl.optim import load_optimizer_state, optimizer_state
-from petractl.processes import log_name
+from petractl.processes import is_child_of_petractl, log_name
 from petractl.recipe.schema import Recipe
 from petractl.run_folder import RunFolder
 from petractl.tracking.console import ConsoleListener
@@ -48,6 +49,8 @@ EXIT_INTERRUPTED = 130
 
 _FAILURE_KEY = "failure"
 _INTERRUPTED_KEY = "interrupted"
+_DIED_KEY = "died"
+_NOTICE_S = 0.5  # in which a broken connection is noticed, and told
 
 
 def prepare_process(plan: build.CheckedPlan, *, processes: int = 1) -> None:
@@ -145,22 +148,43 @@ class Session:
             return False
         if isinstance(error, KeyboardInterrupt) or self._interrupts.requested:
             with contextlib.suppress(Exception):
+                if self._others_died():
+                    return False
                 world.tell(_INTERRUPTED_KEY, "yes")
+                world.tell(f"{_INTERRUPTED_KEY}/{world.seat.rank}", "yes")
             return True
         return False
+
+    def _others_died(self) -> bool:
+        """Tell whether torchrun stops this process because another one died, not because somebody said so.
+
+        Its neighbours see their connections broken by one who has not said that it was interrupted. Only
+        torchrun is in doubt: our own launcher knows.
+        """
+        world, pipeline = self._built.world, self._built.pipeline
+        if not isinstance(world, World) or is_child_of_petractl():
+            return False
+        time.sleep(_NOTICE_S)
+        lost = pipeline.lost_ranks() if isinstance(pipeline, ProcessPipeline) else []
+        silent = [rank for rank in lost if world.ask(f"{_INTERRUPTED_KEY}/{rank}") is None]
+        if silent:
+            world.tell(_DIED_KEY, f"{world.seat.title} lost the connection to rank {silent[0]}")
+        return world.ask(_DIED_KEY) is not None
 
     def _cause(self, error: BaseException) -> str:
         """Return why the run failed: another process knows it where a neighbour was lost."""
         words = f"{type(error).__name__}: {error}"
         world = self._built.world
-        if not isinstance(error, PeerLost):
+        if isinstance(error, KeyboardInterrupt):
+            words = "stopped, because another process ended"
+        elif not isinstance(error, PeerLost):
             words = f"{world.seat.title}: {words}" if isinstance(world, World) else words
             with contextlib.suppress(Exception):
                 world.tell(_FAILURE_KEY, words)
             return words
         told = None
         with contextlib.suppress(Exception):
-            told = world.ask(_FAILURE_KEY)
+            told = world.ask(_FAILURE_KEY) or world.ask(_DIED_KEY)
         return told or words
 
     def _tell_start(self, bus: EventBus, state: TrainingState) -> None:
@@ -201,6 +225,18 @@ class Session:
         world = self._built.world
         seat = world.seat
         draft = checkpoint.Draft(self._folder.checkpoints, epoch=state.epochs_done)
+        try:
+            return self._write(draft, state, is_best, started)
+        except BaseException:
+            if seat.rank == 0:
+                draft.discard()
+            raise
+
+    def _write(
+        self, draft: checkpoint.Draft, state: TrainingState, is_best: bool, started: float
+    ) -> CheckpointSaved | None:
+        world = self._built.world
+        seat = world.seat
         if seat.rank == 0:
             draft.begin()
         world.share(None)  # nobody writes before there is room

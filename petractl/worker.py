@@ -102,7 +102,7 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
             launch,
             plan.layout.seat(launch.rank),
             store=store,
-            device=build.process_device(plan, rank=launch.rank, local_rank=launch.local_rank),
+            device=build.process_device(plan, launch),
             backend=engine.backend,
             timeout_s=engine.stall_timeout,
         )

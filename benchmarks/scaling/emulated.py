@@ -111,6 +111,7 @@ class DelayedCarrier:
         self.size = carrier.size
         self.pack = carrier.pack
         self.post = carrier.post
+        self.enter_thread = carrier.enter_thread
         self.unpack = carrier.unpack
         self._carrier = carrier
         self._latency_s = latency_s

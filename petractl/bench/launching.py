@@ -16,7 +16,7 @@ from petractl.bench.comparison import Checked, Options, Tell, measure
 from petractl.bench.summary import Measurement
 from petractl.engine.world import Alone, Launch, connect, join
 from petractl.interrupts import Interrupts
-from petractl.processes import die_with_parent, redirect_output, reported, run_workers
+from petractl.processes import die_with_launcher, redirect_output, reported, run_workers
 from petractl.session import prepare_process
 
 _LOGS_VARIABLE = "PETRACTL_BENCH_LOGS"
@@ -77,13 +77,12 @@ def _take_part(
     plan, rank = checked[0].plan, started.rank
     seat = plan.layout.seat(rank)
     logs = os.environ.get(_LOGS_VARIABLE)
-    if logs:
-        die_with_parent()
+    die_with_launcher()
     with reported(seat.title, rank), Interrupts(announce=False).handled():
         if logs:
             redirect_output(Path(logs), rank, seat.title)
         prepare_process(plan, processes=started.local_world_size)
-        device = build.process_device(plan, rank=rank, local_rank=started.local_rank)
+        device = build.process_device(plan, started)
         engine = plan.recipe.engine
         world = join(
             started,

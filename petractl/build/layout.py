@@ -59,6 +59,7 @@ def choose_mode(recipe: Recipe, launch: Launch | None) -> Mode:
         return engine.mode
     several_gpus = engine.device in ("auto", "cuda") and torch.cuda.device_count() >= 2
     asked = engine.replicas > 1 or bool(engine.devices) or bool(exact_schedule(recipe))
+    asked = asked or engine.backend != "auto"
     started = launch is not None and launch.world_size > 1
     return PROCESSES if asked or started or several_gpus else IN_PROCESS
 
@@ -153,8 +154,10 @@ def missing_gpus(devices: Sequence[str]) -> list[str]:
     return [str(device) for device in found if device.type == "cuda" and (device.index or 0) >= count]
 
 
-def device_of(recipe: Recipe, layout: Layout, *, rank: int, local_rank: int) -> torch.device:
-    """Return the device of a process; more processes than GPUs share them in turn."""
+def device_of(
+    recipe: Recipe, layout: Layout, *, rank: int, local_rank: int, local_world_size: int
+) -> torch.device:
+    """Return the device of a process; where processes outnumber the GPUs, neighbours share one."""
     engine, seat = recipe.engine, layout.seat(rank)
     if engine.devices:
         per_replica = len(engine.devices) == layout.num_places
@@ -163,5 +166,5 @@ def device_of(recipe: Recipe, layout: Layout, *, rank: int, local_rank: int) -> 
     if engine.device == "cpu" or (engine.device == "auto" and not count):
         return torch.device("cpu")
     if engine.device in ("auto", "cuda"):
-        return torch.device("cuda", local_rank % max(1, count))
+        return torch.device("cuda", local_rank * count // max(count, local_world_size))
     return torch.device(engine.device)

@@ -37,7 +37,7 @@ from petractl.engine.replicas import Reducer, average_buffers
 from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Stage
 from petractl.engine.trainer import EpochLength, EvaluationData
-from petractl.engine.world import Alone, World
+from petractl.engine.world import Alone, Launch, World
 from petractl.events import PlanMade
 from petractl.methods.evaluation import Evaluator
 from petractl.methods.randomness import derive_seed
@@ -175,6 +175,8 @@ def _build_part(plan: CheckedPlan, data: DataHere, world: World, *, starting_wei
             lookahead=plan.lookahead[stage.index],
             accumulation=recipe.method.accumulation,
             stall_timeout_s=recipe.engine.stall_timeout,
+            device=world.device,
+            name=str(world.me),
         )
     placement = _placement(recipe, world.device)
     devices = world.gather_all(str(world.device))
@@ -387,6 +389,12 @@ def _schedule_words(plan: CheckedPlan) -> str:
     return f"tight + slack {slack}" if slack and schedule == "tight" else schedule
 
 
-def process_device(plan: CheckedPlan, *, rank: int, local_rank: int) -> torch.device:
+def process_device(plan: CheckedPlan, launch: Launch) -> torch.device:
     """Return the device of a process of a run in processes."""
-    return device_of(plan.recipe, plan.layout, rank=rank, local_rank=local_rank)
+    return device_of(
+        plan.recipe,
+        plan.layout,
+        rank=launch.rank,
+        local_rank=launch.local_rank,
+        local_world_size=launch.local_world_size,
+    )

@@ -29,6 +29,7 @@ from petractl.models.units import Network, is_reversible
 from petractl.models.weights import load_weights
 from petractl.planning.flops import UnitCost, unit_costs
 from petractl.planning.stages import balanced_cuts
+from petractl.recipe.checks import explicit_keys
 from petractl.recipe.load import LoadedRecipe
 from petractl.recipe.schema import Recipe
 
@@ -174,6 +175,8 @@ class _Checker:
             layout = choose_layout(recipe, self._mode, num_stages=num_stages)
             if not problems.found:
                 problems.found += layout_problems(recipe, layout, self._launch, num_stages=num_stages)
+            if recipe.engine.mode == "auto" and self._mode == IN_PROCESS:
+                warnings += _idle_alone(recipe)
             if 0 < info.train_samples < recipe.data.batch_size:
                 what = f"{recipe.data.batch_size} is more than the {info.train_samples} samples"
                 warnings.append(Problem("data.batch_size", what, "every microbatch will hold all of them"))
@@ -225,6 +228,14 @@ class _Checker:
             )
             return ()
         return balanced_cuts(costs, kept=kept, num_stages=stages, balance=choice.balance)
+
+
+def _idle_alone(recipe: Recipe) -> list[Problem]:
+    """Return what is set for several processes, where the run has turned out to need only one."""
+    if "engine.stall_timeout" not in explicit_keys(recipe):
+        return []
+    what = "has no effect: this run needs one process only"
+    return [Problem("engine.stall_timeout", what, 'set engine.mode = "processes" for one per stage')]
 
 
 def _check_device(recipe: Recipe, problems: _Problems) -> torch.device:

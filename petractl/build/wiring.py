@@ -86,6 +86,10 @@ class Wiring:
         size = self._size(
             stage, upwards=True, samples=eval_batch_size(self._plan.recipe), number_format="float32"
         )
+        if self._world.backend == "nccl" and self._plan.layout.stages_per_process > 1:
+            # Two links of one direction between the same processes: NCCL knows no tags to tell them apart.
+            route = Route(self._world.rank_of(place), self._world.control, tag)
+            return StagedCarrier(route, size, upwards=True, device=self._world.device)
         return self._make(place, size, upwards=True, tag=tag)
 
     def _carrier(self, place: int, *, upwards: bool, tag: int) -> Carrier:

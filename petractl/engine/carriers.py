@@ -65,6 +65,10 @@ class Carrier(Protocol):
 
     size: MessageSize
 
+    def enter_thread(self) -> None:
+        """Prepare the link's thread, in which the rest but `pack` and `unpack` is called."""
+        ...
+
     def pack(self, message: Message) -> Parcel:
         """Copy a message for its way (training thread)."""
         ...
@@ -117,6 +121,9 @@ class HostCarrier:
         self._upwards = upwards
         self._pool = BufferPool(size.nbytes)
 
+    def enter_thread(self) -> None:
+        """Do nothing: threads share the CPU's memory."""
+
     def pack(self, message: Message) -> Parcel:
         """Copy header and tensors into a buffer."""
         host = self._pool.take()
@@ -156,6 +163,10 @@ class StagedCarrier:
         self._device = device
         self._pool = BufferPool(size.nbytes, pinned=device.type == "cuda")
         self._stream = _Stream(device)
+
+    def enter_thread(self) -> None:
+        """Work on this carrier's GPU."""
+        _use_device(self._device)
 
     def pack(self, message: Message) -> Parcel:
         """Copy the tensors into device memory, and from there, beside the computation, into a buffer."""
@@ -215,6 +226,10 @@ class NcclCarrier:
         self._pool = BufferPool(size.header_bytes)
         self._stream = _Stream(device)
 
+    def enter_thread(self) -> None:
+        """Work on this carrier's GPU."""
+        _use_device(self._device)
+
     def pack(self, message: Message) -> Parcel:
         """Copy the tensors into one piece of device memory."""
         host = self._pool.take()
@@ -223,13 +238,15 @@ class NcclCarrier:
         wire.write_header(message, parts, _header(host, self.size))
         packed = torch.empty(self.size.payload_bytes, dtype=torch.uint8, device=self._device)
         wire.write_payload(tensors, parts, packed)
-        return Parcel(host, packed, self._stream.after_current(lambda: None, uses=packed))
+        # An event, not a wait: the stream is given nothing before the message's turn comes.
+        return Parcel(host, packed, self._stream.current_event())
 
     def send(self, parcel: Parcel) -> None:
-        """Send the header, then the tensors behind whatever still computes them."""
-        work = dist.isend(parcel.host, self._route.peer, group=self._headers, tag=self._route.tag)
+        """Send the tensors when they are computed, and the header, at which the other side receives."""
+        assert parcel.device is not None
+        self._stream.wait_for(parcel.event, uses=parcel.device)
         event = self._stream.run(lambda: self._transfer(dist.isend, parcel.device))
-        _wait(work)
+        _wait(dist.isend(parcel.host, self._route.peer, group=self._headers, tag=self._route.tag))
         event.synchronize()
         parcel.device = None
 
@@ -276,6 +293,18 @@ class _Stream:
         uses.record_stream(self._stream)
         return self.run(work)
 
+    def current_event(self) -> Any:
+        """Return the event of what the current stream has been given so far."""
+        if self._stream is None:
+            return _Done()
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def wait_for(self, event: Any, *, uses: Tensor) -> None:
+        """Make this stream wait for an event of another, and the allocator know that it uses `uses`."""
+        if self._stream is not None:
+            self._stream.wait_event(event)
+            uses.record_stream(self._stream)
+
     def run(self, work: Any) -> Any:
         """Do `work` on this stream; returns the event of its end."""
         if self._stream is None:
@@ -310,6 +339,12 @@ class _Done:
 
     def synchronize(self) -> None:
         """Return at once."""
+
+
+def _use_device(device: torch.device) -> None:
+    """The current GPU is each thread's own: else a new thread would open GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _header(host: Tensor, size: MessageSize) -> Tensor:

@@ -136,9 +136,12 @@ class PipelinedEvaluation:
                 if from_below is not None:
                     from_below.expect(self._num_batches)
             batches = iter(self._batches) if self._batches is not None else None
-            for i in range(self._num_batches):
-                for links, units in self._stages:
-                    self._step(i, links, units, batches, sums)
+            # A process's next stage is a whole pipeline further up: it is that many batches behind.
+            behind = self._world.seat.num_places
+            for i in range(self._num_batches + behind * (len(self._stages) - 1)):
+                for number, (links, units) in enumerate(self._stages):
+                    if 0 <= i - number * behind < self._num_batches:
+                        self._step(i - number * behind, links, units, batches, sums)
         for (_, to_above), _ in self._stages:
             if to_above is not None:
                 to_above.flush(timeout_s=self._timeout_s)

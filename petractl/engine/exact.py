@@ -37,7 +37,6 @@ from petractl.engine.exact_stage import (
     Body,
     ExactPart,
     StageFailure,
-    Stopwatch,
     WatchedStage,
     as_output,
     failures_escape,
@@ -45,6 +44,7 @@ from petractl.engine.exact_stage import (
 from petractl.engine.measures import Measures
 from petractl.engine.pipeline import MicrobatchSource
 from petractl.engine.stage import Loss
+from petractl.engine.stopwatch import Stopwatch
 from petractl.errors import PeerLost, RunError, Stalled
 
 _SIZES_TAG, _LABELS_TAG = 7001, 7002

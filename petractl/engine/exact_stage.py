@@ -8,7 +8,6 @@ Before the first flush of each kind torch calls the module once on empty tensors
 messages (a *probe*). A probe changes nothing here: no counter, no running statistics.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from petractl.engine.stage import Counters, Totals
+from petractl.engine.stopwatch import Stopwatch
 from petractl.engine.update import Updater
 from petractl.errors import UserError
 from petractl.methods.evaluation import Evaluator
@@ -78,38 +78,6 @@ def _cause(error: Exception) -> Exception:
     inner = error.__cause__
     is_torchs = isinstance(error, RuntimeError) and "Failed to run stage backward" in str(error)
     return inner if is_torchs and isinstance(inner, Exception) else error
-
-
-class Stopwatch:
-    """Adds up the time that this process computes: the CPU's clock, or events on a GPU's stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count what happens inside."""
-        if self._device.type != "cuda":
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
-            return
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        yield
-        end.record()
-        self._events.append((begin, end))
-
-    def read(self) -> float:
-        """Return the seconds since the last call; waits for the device."""
-        if self._events:
-            torch.cuda.synchronize(self._device)
-        milliseconds = sum(float(begin.elapsed_time(end)) for begin, end in self._events)
-        seconds = self._seconds + milliseconds / 1000
-        self._seconds, self._events = 0.0, []
-        return seconds
 
 
 class Body(nn.Module):

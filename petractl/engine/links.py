@@ -82,7 +82,13 @@ class Outbox(Generic[M]):
         """End the thread, after what it has to send."""
         self._parcels.put(None)
 
+    @property
+    def lost(self) -> int | None:
+        """The neighbour's rank where the connection to it has broken."""
+        return None if self._error is None else self._peer.rank
+
     def _run(self) -> None:
+        self._carrier.enter_thread()
         while (parcel := self._parcels.get()) is not None:
             try:
                 self._carrier.send(parcel)
@@ -123,6 +129,7 @@ class Inbox(Generic[M]):
         self._peer = peer
         self._ahead = ahead
         self.waited_s = 0.0
+        self._is_broken = False
         self._expected: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Parcel | BaseException] = queue.SimpleQueue()
         self._thread = _start(self._run, f"receive from {peer}")
@@ -149,6 +156,11 @@ class Inbox(Generic[M]):
             raise RunError(f"{self._owner} expected {operation}, got microbatch {message.microbatch}")
         return message
 
+    @property
+    def lost(self) -> int | None:
+        """The neighbour's rank where the connection to it has broken."""
+        return self._peer.rank if self._is_broken else None
+
     def close(self) -> None:
         """End the thread when nothing more is expected."""
         self._expected.put(-1)
@@ -169,6 +181,7 @@ class Inbox(Generic[M]):
     def _run(self) -> None:
         posted: deque[tuple[Parcel, Any]] = deque()
         try:
+            self._carrier.enter_thread()
             while (count := self._expected.get()) >= 0:
                 while count or posted:
                     while count and len(posted) < self._ahead:
@@ -179,6 +192,7 @@ class Inbox(Generic[M]):
                     self._arrived.put(parcel)
                     del parcel, work
         except BaseException as error:
+            self._is_broken = True
             self._arrived.put(error)
 
 

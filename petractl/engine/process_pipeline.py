@@ -5,9 +5,12 @@ next operation needs: so the result has the same bits, whatever the speed of the
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.measures import Measures
@@ -15,8 +18,11 @@ from petractl.engine.messages import Activation, Gradient
 from petractl.engine.pipeline import MicrobatchSource
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
 from petractl.engine.stage import Counters, Totals
+from petractl.engine.stopwatch import Stopwatch
 from petractl.engine.update import Updater
-from petractl.errors import RunError
+from petractl.errors import PeerLost, RunError, Stalled
+
+_CPU = torch.device("cpu")
 
 
 class StageLike(Protocol):
@@ -59,6 +65,12 @@ class Links:
     to_above: Outbox[Activation] | None = None
     from_above: Inbox[Gradient] | None = None
 
+    def lost_ranks(self) -> list[int]:
+        """Return the neighbours to whom the connection has broken."""
+        links = (self.from_below, self.to_below, self.to_above, self.from_above)
+        lost = [link.lost for link in links if link is not None]
+        return sorted({rank for rank in lost if rank is not None})
+
     def close(self) -> None:
         """End the links' threads."""
         for link in (self.from_below, self.to_below, self.to_above, self.from_above):
@@ -80,6 +92,8 @@ class ProcessPipeline:
         lookahead: int,
         accumulation: int,
         stall_timeout_s: float = 0.0,
+        device: torch.device = _CPU,
+        name: str = "",
     ) -> None:
         self.stages = (stage,)
         self.accumulation = accumulation
@@ -88,6 +102,9 @@ class ProcessPipeline:
         self._links = links
         self._lookahead = lookahead
         self._timeout_s = stall_timeout_s
+        self._name = name
+        # A GPU works on while the host waits: only its own clock tells how long.
+        self._stopwatch = Stopwatch(device) if device.type == "cuda" else None
 
     def train(
         self,
@@ -140,12 +157,21 @@ class ProcessPipeline:
         measures.wait_forward_s, measures.wait_backward_s, measures.wait_replicas_s = (
             b - a for a, b in zip(before[:3], after[:3], strict=True)
         )
+        if self._stopwatch is not None:
+            measures.is_itemised = False
+            measures.wait_other_s = max(0.0, measures.seconds - self._stopwatch.read())
+            measures.wait_data_s = measures.wait_forward_s = 0.0
+            measures.wait_backward_s = measures.wait_replicas_s = 0.0
         measures.bytes_sent_forward = int(after[3] - before[3])
         measures.bytes_sent_backward = int(after[4] - before[4])
 
     def stage_measures(self) -> tuple[Measures, ...]:
         """Return how the stage spent the last epoch."""
         return (self.measures,)
+
+    def lost_ranks(self) -> list[int]:
+        """Return the neighbours to whom the connection has broken."""
+        return self._links.lost_ranks()
 
     def close(self) -> None:
         """End the links' threads."""
@@ -155,16 +181,36 @@ class ProcessPipeline:
         stage, links, i = self._stage, self._links, operation.microbatch
         size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
         if operation.kind is Kind.UPDATE:
-            stage.update(partial=size < self.accumulation)
+            with self._waits_named(operation), self._timed():
+                stage.update(partial=size < self.accumulation)
         elif operation.kind is Kind.BACKWARD:
             assert links.from_above is not None
-            message = links.from_above.receive(i, operation=str(operation), timeout_s=self._timeout_s)
-            self._send_down(stage.backward(message, group_size=size))
+            gradient = links.from_above.receive(i, operation=str(operation), timeout_s=self._timeout_s)
+            with self._timed():
+                self._send_down(stage.backward(gradient, group_size=size))
         elif operation.kind is Kind.FORWARD:
             assert links.to_above is not None
-            links.to_above.send(stage.forward(self._take(operation, source)))
+            activation = self._take(operation, source)
+            with self._timed():
+                links.to_above.send(stage.forward(activation))
         else:
-            self._send_down(stage.forward_backward(self._take(operation, source), group_size=size))
+            activation = self._take(operation, source)
+            with self._timed():
+                self._send_down(stage.forward_backward(activation, group_size=size))
+
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._stopwatch is None else self._stopwatch.running()
+
+    @contextmanager
+    def _waits_named(self, operation: Operation) -> Iterator[None]:
+        """Say of a wait for the replicas who waited, and in what."""
+        try:
+            yield
+        except Stalled as error:
+            what = f"{self._name} has waited {self._timeout_s:g} s in {operation}: {error.what}"
+            raise Stalled(what, hint=error.hint) from error
+        except PeerLost as error:
+            raise PeerLost(f"{self._name}, in {operation}: {error.what}") from error
 
     def _take(self, operation: Operation, source: MicrobatchSource | None) -> Activation:
         i = operation.microbatch

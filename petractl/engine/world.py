@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous as find_each_other
 
 from petractl.engine.links import Place, reason_of
-from petractl.errors import PeerLost, RunError, UserError
+from petractl.errors import PeerLost, RunError, Stalled, UserError
 
 T = TypeVar("T")
 
@@ -205,17 +205,25 @@ class World:
 
 
 class _named_errors:  # noqa: N801 (a context manager)
-    """Turn a broken connection into the error that says so."""
+    """Turn a broken connection, or a silent one, into the error that says so."""
 
     def __init__(self, me: Place) -> None:
         self._me = me
+        self._started = time.monotonic()
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise PeerLost(f"{self._me} lost the other processes ({reason_of(error)})") from error
+        if not isinstance(error, RuntimeError):
+            return
+        if "timed out" in str(error).lower():
+            waited = time.monotonic() - self._started
+            raise Stalled(
+                f"{self._me} has waited {waited:.0f} s for the other processes between two epochs",
+                hint="engine.stall_timeout is the limit; the logs of the stages tell more",
+            ) from error
+        raise PeerLost(f"{self._me} lost the other processes ({reason_of(error)})") from error
 
 
 def connect(launch: Launch, *, timeout_s: float = _JOIN_TIMEOUT_S) -> Any:
@@ -284,14 +292,13 @@ def join(
         store=PrefixStore("petractl/world", store),
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=max(bounded, timedelta(seconds=_JOIN_TIMEOUT_S)),
+        timeout=timedelta(seconds=_JOIN_TIMEOUT_S),
     )
-    control = dist.group.WORLD
-    assert control is not None
     places: list[Any] = [None] * launch.world_size
-    dist.all_gather_object(places, (socket.gethostname(), str(device)), group=control)
+    dist.all_gather_object(places, _identity(device))
     kind = _choose_backend(backend, places)
     everyone = list(range(launch.world_size))
+    control = _group(everyone, "gloo", bounded)
     forward, backward = (_group(everyone, kind, forever) for _ in range(2))
     headers: list[dist.ProcessGroup | None] = [None, None]
     if kind == "nccl":
@@ -305,7 +312,7 @@ def join(
     if seat.num_replicas > 1:
         copies = [_group(ranks, kind, bounded) for ranks in zip(*by_replica, strict=True)]
         replicas = copies[seat.place]
-    return World(
+    world = World(
         seat,
         store=PrefixStore("petractl/told", store),
         device=device,
@@ -318,6 +325,32 @@ def join(
         forward_headers=headers[0],
         backward_headers=headers[1],
     )
+    if kind == "nccl":
+        _open_connections(world)
+    return world
+
+
+def _open_connections(world: World) -> None:
+    """Send one number over every link, from the lowest place up: NCCL connects two processes at first use.
+
+    So it happens here, in one thread, and what is wrong with it shows before the first step.
+    """
+    token = torch.zeros(1, device=world.device)
+    for group, step in ((world.forward, 1), (world.backward, -1)):
+        for low in range(world.seat.num_places - 1):
+            sender, receiver = (low, low + 1) if step > 0 else (low + 1, low)
+            if world.seat.place == sender:
+                dist.send(token, world.rank_of(receiver), group=group)
+            elif world.seat.place == receiver:
+                dist.recv(token, world.rank_of(sender), group=group)
+    torch.cuda.synchronize(world.device)
+
+
+def _identity(device: torch.device) -> tuple[str, str]:
+    """Return what tells a device from all others: a GPU's own number, since every container counts from 0."""
+    if device.type != "cuda":
+        return socket.gethostname(), str(device)
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", socket.gethostname())), str(device)
 
 
 def _group(ranks: Sequence[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:

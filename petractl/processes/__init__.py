@@ -6,9 +6,16 @@ a worker can bind its life to its parent's, and send its output to its log, befo
 
 from petractl.processes.launcher import run_workers
 from petractl.processes.output import log_name, redirect_output
-from petractl.processes.report import die_with_parent, end_process, is_child_of_petractl, reported
+from petractl.processes.report import (
+    die_with_launcher,
+    die_with_parent,
+    end_process,
+    is_child_of_petractl,
+    reported,
+)
 
 __all__ = [
+    "die_with_launcher",
     "die_with_parent",
     "end_process",
     "is_child_of_petractl",

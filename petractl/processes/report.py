@@ -31,6 +31,7 @@ EXIT_INTERRUPTED = 130
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 LAUNCHER_VARIABLE = "PETRACTL_LAUNCHER"
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 STACK_SUFFIX = ".stacks"
 
 Kind = Literal["error", "user", "lost", "stalled", "interrupted"]
@@ -102,6 +103,12 @@ def die_with_parent() -> None:
     launcher = os.environ.get(LAUNCHER_VARIABLE, "")
     if launcher.isdecimal() and os.getppid() != int(launcher):
         os._exit(EXIT_FAILED)
+
+
+def die_with_launcher() -> None:
+    """Bind this process's life to whoever launched it: us, or torchrun; not to a shell, srun or mpirun."""
+    if is_child_of_petractl() or _TORCHRUN_VARIABLE in os.environ:
+        die_with_parent()
 
 
 @contextlib.contextmanager
