@@ -242,11 +242,12 @@ class NcclCarrier:
         return Parcel(host, packed, self._stream.current_event())
 
     def send(self, parcel: Parcel) -> None:
-        """Send the tensors when they are computed, and the header, at which the other side receives."""
+        """Send the header, at which the other side receives, and the tensors when they are computed."""
         assert parcel.device is not None
+        work = dist.isend(parcel.host, self._route.peer, group=self._headers, tag=self._route.tag)
         self._stream.wait_for(parcel.event, uses=parcel.device)
         event = self._stream.run(lambda: self._transfer(dist.isend, parcel.device))
-        _wait(dist.isend(parcel.host, self._route.peer, group=self._headers, tag=self._route.tag))
+        _wait(work)
         event.synchronize()
         parcel.device = None
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from petractl.engine import wire
-from petractl.engine.carriers import Carrier, HostCarrier, MessageSize, Route, StagedCarrier
+from petractl.engine.carriers import Carrier, HostCarrier, MessageSize, NcclCarrier, Route, StagedCarrier
 from petractl.engine.links import POSTED_AHEAD, Inbox, Outbox, Place
 from petractl.engine.messages import Activation, Gradient
 from petractl.errors import RunError
@@ -37,11 +37,10 @@ class Line:
     def __init__(self, rank: int, group: dist.ProcessGroup) -> None:
         self.rank = rank
         self.group = group
+        self.payloads: dist.ProcessGroup = dist.new_group([0, 1])
         self._tag = 0
 
-    def carrier(
-        self, *, upwards: bool = True, number_format: str = "float32", staged: bool = False
-    ) -> Carrier:
+    def carrier(self, *, upwards: bool = True, number_format: str = "float32", kind: str = "host") -> Carrier:
         """Return the next carrier, for up to two tensors a row of WIDTH and the labels."""
         self._tag += 1
         route = Route(1 - self.rank, self.group, self._tag)
@@ -49,8 +48,11 @@ class Line:
         # Without rounding in the sum: a format may only make a message smaller.
         payload = wire.payload_bytes(shapes, number_format="float32")
         size = MessageSize(8 * wire.header_words(4), payload, number_format)
-        if staged:
+        if kind == "staged":
             return StagedCarrier(route, size, upwards=upwards, device=torch.device("cpu"))
+        if kind == "nccl":  # its twin on the CPU: another gloo group in NCCL's place
+            route = Route(1 - self.rank, self.payloads, header_group=self.group, tag=self._tag)
+            return NcclCarrier(route, size, upwards=upwards, device=torch.device("cpu"))
         return HostCarrier(route, size, upwards=upwards)
 
     def outbox(self, carrier: Carrier, *, limit: int = 0) -> Outbox[Any]:
@@ -95,6 +97,7 @@ def strided(i: int) -> Activation:
 
 
 LAYOUTS = 5
+KINDS = ("host", "staged", "nccl")
 
 
 def same(found: wire.Message, expected: wire.Message) -> bool:
@@ -125,32 +128,30 @@ def transfer(line: Line, carrier: Carrier, messages: list[Any]) -> list[Any]:
 
 
 def messages_arrive_as_sent(line: Line) -> Found:
-    """Send ragged, strided and downward messages, by both carriers."""
+    """Send ragged, strided and downward messages, by every carrier."""
     found = {}
-    for staged in (False, True):
+    for kind in KINDS:
         ragged = [activation(i, rows=rows) for i, rows in enumerate((ROWS, 5, 1, ROWS))]
         layouts = [strided(i) for i in range(LAYOUTS)]
         downwards = [gradient(i, with_streams=i % 2 == 0) for i in range(4)]
         for name, messages in (("ragged", ragged), ("layouts", layouts), ("downwards", downwards)):
-            carrier = line.carrier(upwards=name != "downwards", staged=staged)
+            carrier = line.carrier(upwards=name != "downwards", kind=kind)
             arrived = transfer(line, carrier, messages)
             pairs = zip(arrived, messages, strict=False)
-            found[f"{name}, staged={staged}"] = [same(a, b) for a, b in pairs]
+            found[f"{name}, {kind}"] = [same(a, b) for a, b in pairs]
     return found
 
 
 def messages_are_rounded(line: Line) -> Found:
     """Send in smaller numbers: what arrives has the bits of `rounded`."""
     found = {}
-    for staged in (False, True):
+    for kind in KINDS:
         for number_format in ("bfloat16", "float16", "int8"):
             messages = [activation(0), activation(1, rows=3), strided(0), strided(3)]
-            carrier = line.carrier(number_format=number_format, staged=staged)
+            carrier = line.carrier(number_format=number_format, kind=kind)
             arrived = transfer(line, carrier, messages)
             expected = [wire.rounded(m, number_format=number_format) for m in messages]
-            found[f"{number_format}, staged={staged}"] = [
-                same(a, b) for a, b in zip(arrived, expected, strict=False)
-            ]
+            found[f"{number_format}, {kind}"] = [same(a, b) for a, b in zip(arrived, expected, strict=False)]
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from link_cases import POSTED_AHEAD, run_cases
+from link_cases import KINDS, POSTED_AHEAD, run_cases
 
 from petractl.engine.carriers import BufferPool
 
@@ -22,16 +22,16 @@ def results(tmp_path_factory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("messages", "count"), [("ragged", 4), ("layouts", 5), ("downwards", 4)])
-def test_a_message_arrives_as_it_was_sent(results, messages, count, staged):
-    assert results[1]["messages_arrive_as_sent"][f"{messages}, staged={staged}"] == [True] * count
+def test_a_message_arrives_as_it_was_sent(results, messages, count, kind):
+    assert results[1]["messages_arrive_as_sent"][f"{messages}, {kind}"] == [True] * count
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number_format", ["bfloat16", "float16", "int8"])
-def test_a_smaller_number_format_gives_the_bits_of_rounded(results, number_format, staged):
-    assert results[1]["messages_are_rounded"][f"{number_format}, staged={staged}"] == [True] * 4
+def test_a_smaller_number_format_gives_the_bits_of_rounded(results, number_format, kind):
+    assert results[1]["messages_are_rounded"][f"{number_format}, {kind}"] == [True] * 4
 
 
 def test_links_with_tags_of_their_own_do_not_mix(results):
