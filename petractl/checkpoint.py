@@ -65,6 +65,7 @@ class Draft:
             for group, named in tensors.items():
                 path = self._temporary / f"{group}{f'.{part}' if part else ''}.safetensors"
                 save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+                path.chmod(0o666 & ~_umask())  # for whoever may read the rest of the run folder
                 sums[path.name] = _sha256(path)
                 _sync(path)
         return sums
@@ -93,7 +94,7 @@ class Draft:
             raise RunError(
                 f"the checkpoint could not be written: {error}",
                 where=str(self.target),
-                hint="make room or give a folder that can be written; earlier checkpoints are intact",
+                hint="make room or give a folder that can be written; earlier checkpoints are as they were",
             ) from error
 
 
@@ -181,6 +182,12 @@ def prune_checkpoints(folder: Path, *, newest_epoch: int, keep_last: int, best_e
 def _epoch(path: Path) -> int | None:
     digits = path.name.removeprefix("epoch-")
     return int(digits) if digits.isdecimal() else None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _has_any(path: Path, wanted: Callable[[str], bool]) -> bool:

@@ -206,7 +206,7 @@ class RunFinished(Event):
     final_loss: float | None
     final_top1: float | None  # percent
     final_top5: float | None  # percent
-    images_per_s: float  # training, mean over the run
+    images_per_s: float | None  # training, mean over the run; None where it is not known
     peak_memory_bytes: int | None = None
 
 

@@ -39,6 +39,7 @@ RESUMABLE_KEYS = (
     "partition.cuts",
     "partition.balance",
     "engine.mode",
+    "engine.schedule",
     "engine.device",
     "engine.devices",
     "engine.backend",
@@ -52,14 +53,14 @@ RESUMABLE_KEYS = (
 )
 
 
-def run(recipe: str, *, directory: Path | None, overrides: Sequence[str]) -> int:
-    """Train by a recipe in a new run folder.
+def run(recipe: str, *, directory: Path | None, overrides: Sequence[str], trace: bool = False) -> int:
+    """Train by a recipe in a new run folder; with `trace` it records what each stage does when.
 
     Raises:
         UserError: the recipe, the data or the folder are wrong; nothing was started.
         RunError: the run failed.
     """
-    return _as_started(lambda launch: _prepare_run(recipe, directory, overrides, launch))
+    return _as_started(lambda launch: _prepare_run(recipe, directory, overrides, launch, trace))
 
 
 def resume(run: Path, *, overrides: Sequence[str]) -> int:
@@ -82,6 +83,7 @@ class _Ready:
     warnings: tuple[Problem, ...]
     saved: checkpoint.Checkpoint | None = None
     is_new: bool = False
+    trace: bool = False
     built: build.Built | None = None
     """In one process: whatever is wrong with data or weights is known before the folder is made."""
 
@@ -98,6 +100,7 @@ class _Ready:
             warnings=[[warning.key, warning.what, warning.hint] for warning in self.warnings],
             checkpoint=str(self.saved.path) if self.saved else "",
             is_new=self.is_new,
+            trace=self.trace,
         )
 
 
@@ -121,7 +124,14 @@ def _as_started(prepare: Preparation) -> int:
 
 
 def _train_alone(ready: _Ready, built: build.Built, interrupts: Interrupts) -> int:
-    session = Session(ready.folder, ready.plan, built, interrupts=interrupts, recipe_name=ready.recipe_name)
+    session = Session(
+        ready.folder,
+        ready.plan,
+        built,
+        interrupts=interrupts,
+        recipe_name=ready.recipe_name,
+        trace=ready.trace,
+    )
     session.warn(ready.warnings)
     if ready.saved is not None:
         session.restore(ready.saved)
@@ -132,7 +142,7 @@ def _start_processes(ready: _Ready) -> int:
     journal = ready.folder.path / JOURNAL_NAME
     before = _size(journal)
     code = run_workers(
-        [sys.executable, "-m", "petractl.worker"],
+        [sys.executable, "-m", "petractl.worker", str(ready.folder.path)],
         titles=ready.start.titles,
         log_dir=ready.folder.path / LOGS,
         environment={START_VARIABLE: ready.start.to_json()},
@@ -195,7 +205,7 @@ def _check_folder_is_here(start: Start) -> None:
 
 @contextmanager
 def _prepare_run(
-    recipe: str, directory: Path | None, overrides: Sequence[str], launch: Launch | None
+    recipe: str, directory: Path | None, overrides: Sequence[str], launch: Launch | None, trace: bool
 ) -> Iterator[_Ready | None]:
     _check_first_start(directory)
     loaded = load_recipe(recipe, overrides=overrides)
@@ -206,7 +216,9 @@ def _prepare_run(
     with folder.locked():
         folder.write_start(recipe=loaded.text, resolved=render(plan.recipe), environment=environment())
         try:
-            yield _Ready(folder, plan, loaded.name, tuple(loaded.warnings), built=built, is_new=True)
+            yield _Ready(
+                folder, plan, loaded.name, tuple(loaded.warnings), built=built, is_new=True, trace=trace
+            )
         except (UserError, KeyboardInterrupt):
             # Found by a process that opened the data, or interrupted before the first step: nothing was
             # started, and nothing is left behind.
@@ -221,6 +233,13 @@ def _check_first_start(directory: Path | None) -> None:
             "torchrun has restarted the processes, and `run` would train again from the start",
             hint=f"continue with: torchrun ... -m petractl resume {directory or 'RUN'}",
         )
+
+
+def _is_of(warning: Problem, overrides: Sequence[str]) -> bool:
+    """Tell whether a warning is news: resolved.toml has every key, also those that nobody has set."""
+    return not warning.what.startswith("has no effect") or any(
+        text.strip().startswith(warning.key) for text in overrides
+    )
 
 
 def _discard_unstarted(run_dir: Path) -> None:
@@ -261,7 +280,8 @@ def _prepare_resume(run: Path, overrides: Sequence[str], launch: Launch | None) 
         plan = build.check(loaded, starting_weights=saved is None, launch=launch)
         built = _built(plan, saved)
         folder.write_resolved(render(plan.recipe))
-        warnings = [*_lost(damaged, state, run), *loaded.warnings, *_length_warning(state, overrides)]
+        told = [w for w in loaded.warnings if _is_of(w, overrides)]
+        warnings = [*_lost(damaged, state, run), *told, *_length_warning(state, overrides)]
         if saved is not None and built is None:
             saved = replace(saved, tensors={})  # each process reads its own; this one only waits
         yield _Ready(folder, plan, name, tuple(warnings), saved, built=built)

@@ -45,9 +45,17 @@ class RunFolder:
         """Hold the folder: two processes must not write one run.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or it cannot be written.
         """
-        with (self.path / LOCK).open("a") as file:
+        try:
+            opened = (self.path / LOCK).open("a")
+        except OSError as error:
+            raise UserError(
+                f"cannot be written: {error.strerror or error}",
+                where=str(self.path),
+                hint="give a folder that can be written, or copy this one to such a place",
+            ) from None
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -20,6 +20,7 @@ from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
 from petractl.engine.pipeline import StageRecord
 from petractl.engine.process_pipeline import ProcessPipeline
+from petractl.engine.recorder import Record
 from petractl.engine.stage import Counters
 from petractl.engine.trainer import Outcome, Trainer, TrainingState
 from petractl.engine.world import World
@@ -35,10 +36,13 @@ from petractl.events import (
 )
 from petractl.interrupts import Interrupts
 from petractl.optim import load_optimizer_state, optimizer_state
+from petractl.planning.chrome_trace import write_trace
+from petractl.planning.times import Span
 from petractl.processes import is_child_of_petractl, log_name
 from petractl.recipe.schema import Recipe
 from petractl.run_folder import RunFolder
-from petractl.tracking.console import ConsoleListener
+from petractl.tracking.console import TIMELINE_NAME, ConsoleListener
+from petractl.tracking.gantt_plot import Timeline, plot_gantt
 from petractl.tracking.journal import Journal
 from petractl.tracking.log_file import LogFile
 from petractl.tracking.masking import mask_credentials
@@ -84,12 +88,14 @@ class Session:
         *,
         interrupts: Interrupts,
         recipe_name: str,
+        trace: bool = False,
     ) -> None:
         self._folder = folder
         self._interrupts = interrupts
         self._recipe = plan.recipe
         self._built = built
         self._recipe_name = recipe_name
+        self._trace = trace
         self._notes = [*plan.warnings]
         if built.left_weights:
             left = ", ".join(built.left_weights)
@@ -212,12 +218,32 @@ class Session:
             length=self._built.length,
             evaluate=self._built.evaluate,
             settle=self._built.settle,
+            trace=self._write_timeline if self._trace else None,
             placement=self._built.placement,
             epochs=self._recipe.training.epochs,
             evaluate_every=self._recipe.training.evaluate_every,
             emit=bus.emit,
             save=save,
         )
+
+    def _write_timeline(self, epoch: int, records: Sequence[tuple[int, Record]]) -> None:
+        """Write what happened when in an epoch: a trace for a viewer, and a chart of its beginning."""
+        spans = [
+            Span(r.stage, replica, r.kind, r.microbatch, r.start_s, r.end_s, r.waited_for)
+            for replica, r in sorted(records, key=lambda item: item[1].start_s)
+        ]
+        if not spans:
+            return
+        folder = self._folder.path / "traces"
+        with contextlib.suppress(OSError):  # a full disk is told by what cannot do without
+            folder.mkdir(exist_ok=True)
+            write_trace({self._recipe_name: spans}, folder / f"epoch-{epoch:04d}.json")
+        shown = [s for s in spans if s.microbatch < 3 * len(self._built.plan.stages) + 4 and s.replica == 0]
+        path = self._folder.path / TIMELINE_NAME
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            title = f"{self._recipe_name}: the beginning of epoch {epoch}, as measured"
+            plot_gantt([Timeline("", shown)], path, title=title)
 
     def _save(self, state: TrainingState, is_best: bool) -> CheckpointSaved | None:
         """Write what lives here; the first process commits all of it, and tells."""
@@ -331,7 +357,7 @@ class Session:
             final_loss=scores.loss if scores else None,
             final_top1=scores.top1 if scores else None,
             final_top5=scores.top5 if scores else None,
-            images_per_s=outcome.images / outcome.training_s if outcome.training_s else 0.0,
+            images_per_s=outcome.images / outcome.training_s if outcome.training_s else None,
             peak_memory_bytes=peak_memory_bytes(self._built.placement.device),
         )
 

@@ -36,6 +36,7 @@ class Start:
     warnings: list[list[str]]
     checkpoint: str = ""
     is_new: bool = False
+    trace: bool = False
 
     def to_json(self) -> str:
         """Return it as text."""
@@ -107,7 +108,9 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
             timeout_s=engine.stall_timeout,
         )
         built = build.build(plan, starting_weights=not start.checkpoint, world=world)
-        session = Session(folder, plan, built, interrupts=interrupts, recipe_name=start.recipe_name)
+        session = Session(
+            folder, plan, built, interrupts=interrupts, recipe_name=start.recipe_name, trace=start.trace
+        )
         session.warn([Problem(*texts) for texts in start.warnings])
         state = TrainingState()
         if start.checkpoint:
@@ -118,6 +121,7 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
             )
             session.restore(saved)
             state = state_of(saved)
+        world.begin()
         code = session.train(state)
         if code == 0:
             world.close()  # who was interrupted goes: the others may stand anywhere

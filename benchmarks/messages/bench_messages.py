@@ -222,7 +222,9 @@ def show(options: argparse.Namespace, ranks: list[list[dict]]) -> None:
     for rank, own in enumerate(ranks):
         repeats = [itemise(a, b) for a, b in zip(own, ranks[1 - rank], strict=True)]
         rows.append(repeats)
-    print(f"RevNet-18, width {options.width}, batch {options.batch}, {options.precision}, {options.schedule}:")
+    print(
+        f"RevNet-18, width {options.width}, batch {options.batch}, {options.precision}, {options.schedule}:"
+    )
     print("| process | step | pack | unpack | on the wire | neighbour | threads' CPU | sent | overhead |")
     print("|---|---|---|---|---|---|---|---|---|")
     for rank, repeats in enumerate(rows):
@@ -230,7 +232,8 @@ def show(options: argparse.Namespace, ranks: list[list[dict]]) -> None:
         low, high = (f(r["overhead_percent"] for r in repeats) for f in (min, max))
         print(
             f"| stage {rank} | {median['step_ms']:,.0f} ms | {median['pack_ms']:.2f} ms | "
-            f"{median['unpack_ms']:.2f} ms | {median['on_wire_ms']:.2f} ms | {median['neighbour_ms']:,.0f} ms | "
+            f"{median['unpack_ms']:.2f} ms | {median['on_wire_ms']:.2f} ms | "
+            f"{median['neighbour_ms']:,.0f} ms | "
             f"{median['threads_cpu_ms']:.1f} ms | {median['sent_mib']:.1f} MiB | "
             f"{median['overhead_percent']:.2f} % ({low:.2f} to {high:.2f}) |"
         )

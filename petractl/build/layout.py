@@ -97,6 +97,9 @@ def layout_problems(
     if layout.mode == IN_PROCESS:
         return _in_process_problems(launch)
     problems = _device_problems(recipe, layout)
+    if recipe.engine.backend == "nccl" and not torch.cuda.device_count():
+        what = '"nccl" needs a GPU for every process, and there is none here'
+        problems.append(Problem("engine.backend", what, 'set engine.backend = "auto"'))
     if launch is not None and launch.world_size != layout.num_processes:
         problems.append(_world_problem(layout, launch.world_size, num_stages))
     schedule = exact_schedule(recipe)

@@ -17,6 +17,7 @@ from petractl.build.layout import (
     exact_schedule,
     layout_problems,
 )
+from petractl.build.measured import MEASURED_BALANCES, least_schedule, measured_cuts
 from petractl.build.parts import build_units, data_places, make_optimizer, stem_of
 from petractl.data import DataInfo, describe_data
 from petractl.data.order import TrainOrder
@@ -170,8 +171,20 @@ class _Checker:
             reversible = [is_reversible(unit) for unit in model.units]
             warnings = _check_method(recipe, spec, reversible, problems)
             kept = keepings(spec, reversible)
-            cuts = self._choose_cuts(spec, costs, kept)
+            cuts = self._choose_cuts(spec, costs, kept, model, info)
             num_stages = len(cuts) + 1
+            if recipe.engine.schedule == "least" and not spec.locked:
+                recipe = recipe.with_schedule(
+                    least_schedule(
+                        recipe,
+                        model.units,
+                        model.names,
+                        spec=spec,
+                        info=info,
+                        cuts=cuts,
+                        device=self._measuring_device(device),
+                    )
+                )
             layout = choose_layout(recipe, self._mode, num_stages=num_stages)
             if not problems.found:
                 problems.found += layout_problems(recipe, layout, self._launch, num_stages=num_stages)
@@ -198,7 +211,12 @@ class _Checker:
         return None
 
     def _choose_cuts(
-        self, spec: MethodSpec, costs: Sequence[UnitCost], kept: Sequence[Keeping]
+        self,
+        spec: MethodSpec,
+        costs: Sequence[UnitCost],
+        kept: Sequence[Keeping],
+        model: BuiltModel,
+        info: DataInfo,
     ) -> tuple[int, ...]:
         """Return the first units of stages 1 ... J-1."""
         recipe, problems = self._recipe, self._problems
@@ -227,7 +245,27 @@ class _Checker:
                 f'give at most {units}, or "units"',
             )
             return ()
+        if choice.balance in MEASURED_BALANCES:
+            return measured_cuts(
+                recipe,
+                model.units,
+                costs,
+                spec=spec,
+                kept=kept,
+                info=info,
+                num_stages=stages,
+                device=self._measuring_device(torch.device("cpu")),
+            )
         return balanced_cuts(costs, kept=kept, num_stages=stages, balance=choice.balance)
+
+    def _measuring_device(self, device: torch.device) -> torch.device:
+        """Return where times are measured: the device of the run, of several the first."""
+        engine = self._recipe.engine
+        if engine.devices:
+            return torch.device(engine.devices[0])
+        if engine.device in ("auto", "cuda") and torch.cuda.device_count():
+            return torch.device("cuda", 0)
+        return device if engine.device == "auto" else torch.device(engine.device)
 
 
 def _idle_alone(recipe: Recipe) -> list[Problem]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from petractl.cli import bench, export, ls, resume, run, show, validate
+from petractl.cli import bench, export, ls, partition, resume, run, show, simulate, validate
 from petractl.cli import eval as eval_
 from petractl.cli.report import guarded
 
@@ -34,6 +34,8 @@ COMMANDS = (
     Command("eval", eval_.command, _TRAIN),
     Command("export", export.command, _TRAIN),
     Command("bench", bench.command, _LOOK),
+    Command("partition", partition.command, _LOOK),
+    Command("simulate", simulate.command, _LOOK),
     Command("validate", validate.command, _LOOK),
     Command("show", show.command, _LOOK),
     Command("ls", ls.command, _LOOK),

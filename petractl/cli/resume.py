@@ -9,7 +9,9 @@ def command(run: RunArgument, overrides: SetOption = None) -> None:
     """Continue a run from its last checkpoint.
 
     Ends with the same numbers as a run that was never stopped. Without a checkpoint it starts again; a
-    finished run stays as it is. Keys that may change: stages, cuts, device, epochs, tracking.
+    finished run stays as it is. --set may change what does not make it another run: stages and cuts, mode,
+    schedule, devices and threads, epochs, checkpoints, tracking. So a run of several processes goes on in one
+    (--set engine.mode=in-process), or in another number of them (--set partition.stages=4).
     """
     from petractl import launch
 

@@ -19,6 +19,12 @@ def command(
         ),
     ] = None,
     overrides: SetOption = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="Record what each stage does when: traces/ for a viewer, plots/timeline.png."
+        ),
+    ] = False,
 ) -> None:
     """Train by a recipe.
 
@@ -27,6 +33,6 @@ def command(
     """
     from petractl import launch
 
-    code = launch.run(recipe, directory=directory, overrides=overrides or [])
+    code = launch.run(recipe, directory=directory, overrides=overrides or [], trace=trace)
     if code:
         raise typer.Exit(code)

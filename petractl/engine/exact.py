@@ -43,6 +43,7 @@ from petractl.engine.exact_stage import (
 )
 from petractl.engine.measures import Measures
 from petractl.engine.pipeline import MicrobatchSource
+from petractl.engine.recorder import Recorder
 from petractl.engine.stage import Loss
 from petractl.engine.stopwatch import Stopwatch
 from petractl.errors import PeerLost, RunError, Stalled
@@ -126,6 +127,8 @@ class ExactPipeline:
         )
         assert not problem, problem
         self._measures: tuple[Measures, ...] = ()
+        self.recorder: Recorder | None = None
+        """Not used: torch orders the operations."""
         self._loss = loss
         self._schedule = schedule
         self._seat = seat

@@ -24,7 +24,7 @@ M = TypeVar("M", Activation, Gradient)
 
 POSTED_AHEAD = 2
 _POLL_S = 1.0
-_STALL_HINT = "engine.stall_timeout is the limit; the logs of both stages tell more"
+_STALL_HINT = "F and B: forward and backward of a microbatch; engine.stall_timeout is the limit"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ messages.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from petractl.engine import wire
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
+from petractl.engine.recorder import Recorder
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
 from petractl.engine.stage import Counters, Stage, Totals
 from petractl.engine.transport import Mailbox
@@ -39,6 +41,7 @@ class Pipeline(Protocol):
     """The stages of this process, and the way to train them."""
 
     accumulation: int
+    recorder: Recorder | None
 
     @property
     def stages(self) -> Sequence[StageRecord]:
@@ -90,6 +93,8 @@ class InProcessPipeline:
         self.stages = tuple(stages)
         self.lookahead = tuple(lookahead)
         self.accumulation = accumulation
+        self.recorder: Recorder | None = None
+        """Set to record when each stage did what."""
         self._formats = number_formats
         self._seats = [_Seat(stage, Mailbox(), Mailbox()) for stage in stages]
 
@@ -108,6 +113,8 @@ class InProcessPipeline:
         stage's backward of microbatch i.
         """
         assert source is not None
+        if self.recorder is not None:
+            self.recorder.start()
         for stage in self.stages:
             stage.offset = offset
         pending = [
@@ -126,7 +133,8 @@ class InProcessPipeline:
             moved = False
             for j, p in enumerate(pending):
                 if p.operation is not None and self._ready(j, p.operation):
-                    self._execute(j, p.operation, source, num_microbatches)
+                    with self._recorded(j, p.operation):
+                        self._execute(j, p.operation, source, num_microbatches)
                     if p.operation.kind is Kind.FORWARD_BACKWARD and on_microbatch is not None:
                         on_microbatch(p.operation.microbatch)
                     p.advance()
@@ -137,6 +145,9 @@ class InProcessPipeline:
     def stage_measures(self) -> tuple[Measures, ...]:
         """Return nothing: stages of one process wait for nobody."""
         return ()
+
+    def _recorded(self, j: int, operation: Operation) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.operation(j, operation)
 
     def _ready(self, j: int, operation: Operation) -> bool:
         if operation.kind is Kind.UPDATE:

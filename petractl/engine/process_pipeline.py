@@ -6,7 +6,7 @@ next operation needs: so the result has the same bits, whatever the speed of the
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from petractl.engine.links import Inbox, Outbox
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.pipeline import MicrobatchSource
+from petractl.engine.recorder import Recorder
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
 from petractl.engine.stage import Counters, Totals
 from petractl.engine.stopwatch import Stopwatch
@@ -103,6 +104,8 @@ class ProcessPipeline:
         self._lookahead = lookahead
         self._timeout_s = stall_timeout_s
         self._name = name
+        self.recorder: Recorder | None = None
+        """Set to record when the stage did what."""
         # A GPU works on while the host waits: only its own clock tells how long.
         self._stopwatch = Stopwatch(device) if device.type == "cuda" else None
 
@@ -141,6 +144,8 @@ class ProcessPipeline:
             is_last=links.to_above is None,
             num_rows=num_rows,
         )
+        if self.recorder is not None:
+            self.recorder.start()
         for operation in operations:
             self._execute(operation, source, num_microbatches)
             if operation.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD):
@@ -181,25 +186,32 @@ class ProcessPipeline:
         stage, links, i = self._stage, self._links, operation.microbatch
         size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
         if operation.kind is Kind.UPDATE:
-            with self._waits_named(operation), self._timed():
+            with self._waits_named(operation), self._timed(operation):
                 stage.update(partial=size < self.accumulation)
         elif operation.kind is Kind.BACKWARD:
             assert links.from_above is not None
+            before = links.from_above.waited_s
             gradient = links.from_above.receive(i, operation=str(operation), timeout_s=self._timeout_s)
-            with self._timed():
+            with self._timed(operation, waited_s=links.from_above.waited_s - before):
                 self._send_down(stage.backward(gradient, group_size=size))
         elif operation.kind is Kind.FORWARD:
             assert links.to_above is not None
-            activation = self._take(operation, source)
-            with self._timed():
+            activation, waited_s = self._take(operation, source)
+            with self._timed(operation, waited_s=waited_s):
                 links.to_above.send(stage.forward(activation))
         else:
-            activation = self._take(operation, source)
-            with self._timed():
+            activation, waited_s = self._take(operation, source)
+            with self._timed(operation, waited_s=waited_s):
                 self._send_down(stage.forward_backward(activation, group_size=size))
 
-    def _timed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._stopwatch is None else self._stopwatch.running()
+    def _timed(self, operation: Operation, *, waited_s: float = 0.0) -> AbstractContextManager[object]:
+        if self.recorder is None:
+            return nullcontext() if self._stopwatch is None else self._stopwatch.running()
+        stack = ExitStack()
+        if self._stopwatch is not None:
+            stack.enter_context(self._stopwatch.running())
+        stack.enter_context(self.recorder.operation(self._stage.index, operation, waited_s=waited_s))
+        return stack
 
     @contextmanager
     def _waits_named(self, operation: Operation) -> Iterator[None]:
@@ -212,18 +224,22 @@ class ProcessPipeline:
         except PeerLost as error:
             raise PeerLost(f"{self._name}, in {operation}: {error.what}") from error
 
-    def _take(self, operation: Operation, source: MicrobatchSource | None) -> Activation:
-        i = operation.microbatch
-        if self._links.from_below is not None:
-            return self._links.from_below.receive(i, operation=str(operation), timeout_s=self._timeout_s)
+    def _take(self, operation: Operation, source: MicrobatchSource | None) -> tuple[Activation, float]:
+        """Return the next activation, and the seconds waited for it."""
+        i, below = operation.microbatch, self._links.from_below
+        if below is not None:
+            before = below.waited_s
+            message = below.receive(i, operation=str(operation), timeout_s=self._timeout_s)
+            return message, below.waited_s - before
         assert source is not None, "the first stage needs data"
         started = time.perf_counter()
         microbatch = next(source, None)
-        self.measures.wait_data_s += time.perf_counter() - started
+        waited_s = time.perf_counter() - started
+        self.measures.wait_data_s += waited_s
         if microbatch is None:
             raise RunError(f"the data ended after {i} microbatches", where="stage 0", hint="check the data")
         images, labels = microbatch
-        return Activation(i, (images,), labels)
+        return Activation(i, (images,), labels), waited_s
 
     def _send_down(self, message: Gradient) -> None:
         if self._links.to_below is not None:

@@ -19,6 +19,7 @@ from petractl.engine.evaluation import LabelledBatch, Placement, Scores
 from petractl.engine.measures import Measures
 from petractl.engine.memory import peak_memory_bytes
 from petractl.engine.pipeline import Pipeline
+from petractl.engine.recorder import Record, Recorder
 from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Counters
 from petractl.engine.world import Alone, World
@@ -103,6 +104,7 @@ class _Report:
     rate: float
     updates: int
     measures: tuple[Measures, ...]
+    records: tuple[Record, ...]
     peak_memory_bytes: int | None
 
 
@@ -110,7 +112,8 @@ class Trainer:
     """Runs epochs until `epochs` are done. `save(state, is_best, is_last)` is called after each.
 
     `training_data` is given where images enter and nowhere else. `settle` is called when an epoch is trained:
-    replicas then make their running statistics one. `evaluate` gives every process the same scores.
+    replicas then make their running statistics one. `trace` is given (epoch, records with their replica) on
+    rank 0, and wanted by all or by none. `evaluate` gives every process the same scores.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Trainer:
         emit: Callable[[Event], None],
         save: Callable[[TrainingState, bool, bool], None],
         settle: Callable[[], None] = lambda: None,
+        trace: Callable[[int, list[tuple[int, Record]]], None] | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._world = world
@@ -139,12 +143,17 @@ class Trainer:
         self._emit = emit
         self._save = save
         self._settle = settle
+        self._trace = trace
+        self._clock_offset = 0.0
         self._images = 0
         self._training_s = 0.0
         self._has_diverged = False
 
     def run(self, state: TrainingState) -> Outcome:
         """Train from `state` to the last epoch."""
+        if self._trace is not None:
+            self._pipeline.recorder = Recorder(self._placement.device)
+            self._clock_offset = self._world.clock_offset()
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))
@@ -195,7 +204,19 @@ class Trainer:
             rate=last.updater.rate,
             updates=last.counters.updates,
             measures=tuple(self._pipeline.stage_measures()),
+            records=self._own_records(),
             peak_memory_bytes=peak_memory_bytes(device) if isinstance(self._world, World) else None,
+        )
+
+    def _own_records(self) -> tuple[Record, ...]:
+        """Return what this process did when, by rank 0's clock; nothing without a trace."""
+        recorder = self._pipeline.recorder
+        if recorder is None:
+            return ()
+        shift = self._clock_offset
+        return tuple(
+            replace(record, start_s=record.start_s + shift, end_s=record.end_s + shift)
+            for record in recorder.records()
         )
 
     def _tell_trained(self, epoch: int, reports: list[_Report], *, seconds: float, waited_s: float) -> None:
@@ -221,6 +242,8 @@ class Trainer:
                 data_wait_percent=100.0 * waited_s / seconds,
             )
         )
+        if self._trace is not None:
+            self._trace(epoch, [(report.replica, record) for report in reports for record in report.records])
         rows = [
             (report.replica, index, n, report)
             for report in reports

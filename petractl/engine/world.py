@@ -7,6 +7,7 @@ directions can wait for each other for ever), and gloo for control: the small th
 Replicas of one place have a group of their own. Rank 0 owns the run folder.
 """
 
+import math
 import os
 import socket
 import time
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 _FOREVER_S = 10 * 365 * 86400.0
 _JOIN_TIMEOUT_S = 600.0
+_CLOCK_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,10 @@ class Alone:
     def barrier(self) -> None:
         """Do nothing."""
 
+    def clock_offset(self) -> float:
+        """Return 0."""
+        return 0.0
+
     def tell(self, key: str, value: str) -> None:
         """Do nothing: there is nobody to ask for it."""
 
@@ -138,6 +144,7 @@ class World:
         self.seat = seat
         self.device = device
         self.control = control
+        self._starting = True
         self.forward = forward
         self.backward = backward
         self.pipeline = pipeline
@@ -162,30 +169,65 @@ class World:
         """The process itself, as messages for people name it."""
         return self.neighbour(self.seat.place)
 
+    def begin(self) -> None:
+        """End the start: until now, others were waited for as long as opening data may take."""
+        self._starting = False
+
+    @property
+    def _meeting(self) -> dist.ProcessGroup:
+        """The group in which all meet."""
+        world = dist.group.WORLD
+        return world if self._starting and world is not None else self.control
+
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order, on rank 0; an empty list elsewhere."""
-        found: list[Any] | None = [None] * dist.get_world_size(self.control) if self.seat.rank == 0 else None
-        with _named_errors(self.me):
-            dist.gather_object(value, found, dst=0, group=self.control)
+        found: list[Any] | None = [None] * dist.get_world_size() if self.seat.rank == 0 else None
+        with _named_errors(self.me, self._starting):
+            dist.gather_object(value, found, dst=0, group=self._meeting)
         return found or []
 
     def gather_all(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order, everywhere."""
-        found: list[Any] = [None] * dist.get_world_size(self.control)
-        with _named_errors(self.me):
-            dist.all_gather_object(found, value, group=self.control)
+        found: list[Any] = [None] * dist.get_world_size()
+        with _named_errors(self.me, self._starting):
+            dist.all_gather_object(found, value, group=self._meeting)
         return found
 
     def share(self, value: T) -> T:
         """Return rank 0's value, everywhere."""
         box: list[Any] = [value]
-        with _named_errors(self.me):
-            dist.broadcast_object_list(box, src=0, group=self.control)
+        with _named_errors(self.me, self._starting):
+            dist.broadcast_object_list(box, src=0, group=self._meeting)
         return box[0]  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather_all(None)
+
+    def clock_offset(self) -> float:
+        """Return the seconds to add to this process's `perf_counter` to have rank 0's; all must call this.
+
+        Each process asks rank 0 for its time a few times; the quickest answer is off by no more than half of
+        what it took.
+        """
+        size, rank, offset = dist.get_world_size(self.control), self.seat.rank, 0.0
+        now, answer = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        with _named_errors(self.me):
+            for peer in range(1, size):
+                best = math.inf
+                for _ in range(_CLOCK_ROUNDS):
+                    if rank == 0:
+                        dist.recv(now, peer, group=self.control)
+                        answer.fill_(time.perf_counter())
+                        dist.send(answer, peer, group=self.control)
+                    elif rank == peer:
+                        asked = time.perf_counter()
+                        dist.send(now, 0, group=self.control)
+                        dist.recv(answer, 0, group=self.control)
+                        took = time.perf_counter() - asked
+                        if took < best:
+                            best, offset = took, float(answer) - asked - took / 2
+        return offset
 
     def close(self) -> None:
         """Part from the others, when all are done."""
@@ -207,8 +249,9 @@ class World:
 class _named_errors:  # noqa: N801 (a context manager)
     """Turn a broken connection, or a silent one, into the error that says so."""
 
-    def __init__(self, me: Place) -> None:
+    def __init__(self, me: Place, starting: bool = False) -> None:
         self._me = me
+        self._starting = starting
         self._started = time.monotonic()
 
     def __enter__(self) -> None:
@@ -219,9 +262,11 @@ class _named_errors:  # noqa: N801 (a context manager)
             return
         if "timed out" in str(error).lower():
             waited = time.monotonic() - self._started
+            when = "to start" if self._starting else "between two epochs"
+            limit = "" if self._starting else "engine.stall_timeout is the limit; "
             raise Stalled(
-                f"{self._me} has waited {waited:.0f} s for the other processes between two epochs",
-                hint="engine.stall_timeout is the limit; the logs of the stages tell more",
+                f"{self._me} has waited {waited:.0f} s for the other processes {when}",
+                hint=f"{limit}the logs of the stages tell more",
             ) from error
         raise PeerLost(f"{self._me} lost the other processes ({reason_of(error)})") from error
 

@@ -26,6 +26,8 @@ _SHOWN_STACK_LINES = 12
 _SHOWN_OUTPUT_LINES = 20
 _LINE_LENGTH = 160
 
+_LOST = re.compile(r"(.*?lost the (?:connection to .+? \(rank \d+\)|other processes)).*", re.DOTALL)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
@@ -172,6 +174,8 @@ def _line(ending: Ending, *, whole: bool = False) -> str:
     report = ending.report
     if report is not None and report.kind != "interrupted":
         said = f"{report.where}: {report.what}" if report.where else report.what
+        if not whole and report.kind == "lost":
+            said = _LOST.sub(r"\1", said)  # what the backend says of it tells nobody anything
         if not whole:
             said = _shortened(said)
         return said if said.startswith(ending.place) else f"{ending.place}: {said}"

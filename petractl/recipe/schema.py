@@ -34,7 +34,7 @@ LOCKED_METHODS = ("reversible", "backprop")
 OPTIMIZER_NAMES = ("sgd", "adamw", "lars")
 EXACT_SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble")
 STAGES_PER_PROCESS = {"interleaved-1f1b": 2}  # every other schedule gives a stage a process of its own
-SCHEDULE_NAMES = ("auto", "tight", "paper", "sequential", *EXACT_SCHEDULE_NAMES)
+SCHEDULE_NAMES = ("auto", "tight", "paper", "least", "sequential", *EXACT_SCHEDULE_NAMES)
 STAGE_RULES = ("auto", "units")
 
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
@@ -223,8 +223,8 @@ class PartitionSection(_Section):
     """Number of stages, "units" (one per unit, the finest), or "auto" (chosen for the devices)."""
     cuts: Annotated[tuple[int, ...], AfterValidator(_cuts)] = ()
     """The first unit of every stage but the first, instead of `stages`; units count from 0, the stem."""
-    balance: Literal["flops", "parameters", "uniform"] = "flops"
-    """What is made even between stages: computation, parameters, or the number of units."""
+    balance: Literal["flops", "time", "memory", "parameters", "uniform"] = "flops"
+    """What is made even: FLOPs, measured "time", "memory", parameters, or the number of units ("uniform")."""
 
 
 class EngineSection(_Section):
@@ -233,7 +233,7 @@ class EngineSection(_Section):
     mode: Literal["auto", "in-process", "processes"] = "auto"
     """Where stages live: all "in-process", or one process each ("processes"); "auto" = as the rest needs."""
     schedule: Annotated[str | tuple[int, ...], BeforeValidator(_schedule)] = "auto"
-    """Forwards ahead: "auto", "tight", "paper", "sequential" or a list; exact: "gpipe", "1f1b" and others."""
+    """Forwards ahead: "auto", "tight", "paper", "least", "sequential", a list; exact: "gpipe", "1f1b" ..."""
     slack: int = Field(default=0, ge=0)
     """Extra forwards ahead of "tight", to hide latency; every one of them adds staleness."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
@@ -353,6 +353,12 @@ class Recipe(_Section):
         # No cuts alone would leave the number of stages to the rule again.
         chosen = PartitionSection(cuts=tuple(cuts)) if cuts else PartitionSection(stages=1)
         return self.model_copy(update={"partition": chosen})
+
+    def with_schedule(self, lookahead: Sequence[int]) -> "Recipe":
+        """Return the recipe with the lookaheads that were chosen, in place of the rule that chose them."""
+        return self.model_copy(
+            update={"engine": self.engine.model_copy(update={"schedule": tuple(lookahead)})}
+        )
 
     def with_mode(self, mode: Literal["in-process", "processes"]) -> "Recipe":
         """Return the recipe with the mode that was chosen."""

@@ -39,6 +39,8 @@ from petractl.tracking import report
 from petractl.tracking.journal import JOURNAL_NAME
 from petractl.tracking.plots import CURVES_NAME
 
+TIMELINE_NAME = "plots/timeline.png"  # of a run with a trace
+
 _NARROW = 100  # columns; a terminal with fewer gets no bar
 
 
@@ -249,6 +251,8 @@ class ConsoleListener:
             places.append(("best checkpoint", f"{path} (epoch {self._finished.best_epoch})"))
         if (run_dir / CURVES_NAME).is_file():
             places.append(("curves", str(run_dir / CURVES_NAME)))
+        if (run_dir / TIMELINE_NAME).is_file():
+            places.append(("timeline", str(run_dir / TIMELINE_NAME)))
         places.append(("journal", str(run_dir / JOURNAL_NAME)))
         if self._tracking:
             places.append(("MLflow", self._tracking))

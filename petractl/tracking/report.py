@@ -275,7 +275,8 @@ def results(finished: RunFinished, best: Evaluated | None, last: Evaluated | Non
         facts.append((f"{split} top-5", text))
     if finished.final_loss is not None:
         facts.append((f"{split} loss", f"{finished.final_loss:.4f}"))
-    facts.append(("time", f"{duration(finished.seconds)}, {_speed(finished.images_per_s)} in training"))
+    speed = "" if finished.images_per_s is None else f", {_speed(finished.images_per_s)} in training"
+    facts.append(("time", f"{duration(finished.seconds)}{speed}"))
     if finished.peak_memory_bytes is not None:
         facts.append(("memory", f"{finished.peak_memory_bytes / 2**30:.2f} GiB at most"))
     return facts

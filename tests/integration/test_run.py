@@ -419,3 +419,23 @@ def test_the_bits_do_not_depend_on_who_runs_them(tmp_path) -> None:
         subprocess.run(command, env=environment, check=True, capture_output=True)
         digests.append(exported(tmp_path / name))
     assert digests[0] == digests[1]
+
+
+def test_a_trace_tells_what_each_stage_did_when(tmp_path) -> None:
+    folder = tmp_path / "traced"
+    result = call(
+        "run",
+        "digits_revnet18",
+        "--dir",
+        str(folder),
+        "--trace",
+        *sets(*SMALL, "training.epochs=1", "partition.stages=3"),
+    )
+    assert result.exit_code == 0
+    assert (folder / "plots" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads((folder / "traces" / "epoch-0001.json").read_text())["traceEvents"]
+    operations = [event for event in events if event.get("ph") == "X" and event["name"] != "wait"]
+    # 5 microbatches: 5 F, 5 B and 5 U on two stages, 5 FB and 5 U on the last.
+    assert len(operations) == 2 * 15 + 10
+    assert all(event["dur"] >= 0 for event in operations)
+    assert f"timeline         {folder / 'plots' / 'timeline.png'}" in result.stdout

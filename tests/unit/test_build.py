@@ -64,6 +64,16 @@ def test_flops_balance_the_stages() -> None:
     assert max(sums) <= 1.5 * sum(sums) / 4
 
 
+def test_cuts_and_lookaheads_by_measured_times_are_written_down() -> None:
+    plan = build.check(load("partition.stages=3", "partition.balance=time", "engine.schedule=least"))
+    assert len(plan.cuts) == 2
+    assert plan.recipe.partition.cuts == plan.cuts
+    assert plan.recipe.engine.schedule == plan.lookahead
+    assert len(plan.lookahead) == 3
+    assert plan.lookahead[-1] == 0
+    assert list(plan.lookahead) == sorted(plan.lookahead, reverse=True)
+
+
 def test_the_plan_says_what_each_stage_keeps() -> None:
     stages = build.build(build.check(load())).plan.stages
     assert [stage.keeps for stage in stages] == [

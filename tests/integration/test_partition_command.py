@@ -1,0 +1,114 @@
+"""`petractl partition` from the command line."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import tomli
+from typer.testing import CliRunner, Result
+
+from petractl.cli.app import app
+
+SMALL = ["--image-size", "32", "--classes", "10", "--width", "8", "--batch", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def partition(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["partition", *arguments])
+
+
+def found(*arguments: str) -> dict:
+    result = partition(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_users_own_words_by_flops() -> None:
+    plan = found("--model", "revnet34", "--gpus", "8", "--flops")
+    assert [stage["index"] for stage in plan["stages"]] == list(range(8))
+    for stage in plan["stages"]:
+        assert {"index", "units", "parameters", "time_ms", "memory_bytes", "staleness"} <= set(stage)
+        assert stage["memory_bytes"] == sum(stage["memory"].values())
+    assert sum(stage["parameters"] for stage in plan["stages"]) == 22_319_208
+    times = [stage["time_ms"] for stage in plan["stages"]]
+    assert max(times) / (sum(times) / 8) == pytest.approx(1.36, abs=0.01)
+    assert plan["predicted"]["slowest_over_mean"] == pytest.approx(1.36, abs=0.01)
+    assert plan["predicted"]["images_per_s"] == pytest.approx(64_000 / max(times), rel=1e-3)
+    assert plan["predicted"]["speedup_over_model_parallel"] == pytest.approx(4.42, abs=0.05)
+    assert "nominal device of 1 TFLOP/s" in plan["times"]
+    assert "9" in {str(count["devices"]) for count in plan["other_device_counts"]}
+
+
+def test_measured_here() -> None:
+    started = time.monotonic()
+    plan = found("--model", "revnet18", "--gpus", "3", *SMALL)
+    assert time.monotonic() - started < 20
+    assert "measured here" in plan["times"]
+    assert all(stage["forward_ms"] > 0 and stage["backward_ms"] > 0 for stage in plan["stages"])
+    assert found("--model", "revnet18", "--gpus", "3", *SMALL)["stages"] == plan["stages"], "cached"
+
+
+def test_the_table() -> None:
+    result = partition("--model", "revnet34", "--gpus", "8", "--flops", "--replicas", "auto")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].split("\t")[:3] == ["stage", "device", "parameters"]
+    assert "x plain model parallelism" in result.stdout
+    assert "the best exact pipeline" in result.stdout
+    assert "replicas x stages:" in result.stdout
+    assert "other numbers of devices:" in result.stdout
+    assert 'schedule = "least": lookahead' in result.stdout
+
+
+def test_write(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('# mine\n[model]\nname = "revnet34"\n[data]\n[method]\n[partition]\nstages = 4\n')
+    plan = found("--model", "revnet34", "--gpus", "8", "--flops", "--write", str(path))
+    assert tomli.loads(path.read_text())["partition"] == {"cuts": plan["cuts"]}
+    assert path.read_text().startswith("# mine\n")
+    other = partition("--model", "revnet18", "--gpus", "2", "--flops", "--write", str(path))
+    assert other.exit_code == 2
+    assert 'its model is "revnet34"' in other.stderr
+
+
+def test_devices_and_memory() -> None:
+    plan = found("--model", "revnet50", "--gpus", "2", "--device-spec", "v100-16gb,h100-80gb")
+    assert [stage["device"] for stage in plan["stages"]] == ["v100-16gb", "h100-80gb"]
+    first, second = plan["stages"]
+    assert second["num_units"] > first["num_units"]
+    assert first["memory_limit_bytes"] == 16 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "revnet34", "--gpus", "0"], "0 GPUs"),
+        (["--model", "revnet34", "--gpus", "20"], "give at most 18 GPUs, or --replicas 2"),
+        (["--model", "revnet43", "--gpus", "2"], 'did you mean "revnet34"'),
+        (["--model", "revnet34", "--gpus", "2", "--memory-gib", "1"], "batches of"),
+        (["--model", "resnet18", "--gpus", "2", "--method", "reversible"], "no reversible unit"),
+        (["--model", "revnet18", "--gpus", "2", "--method", "petri"], "unknown method"),
+        (["--model", "revnet18", "--gpus", "2", "--balance", "colour"], "cannot be balanced"),
+        (["--model", "revnet18", "--gpus", "3", "--cuts", "5,2"], "are no cuts"),
+        (["--model", "revnet18", "--gpus", "3", "--cuts", "5"], "1 cuts make 2 stages"),
+        (["--model", "revnet18", "--gpus", "4", "--replicas", "3"], "give one of 1, 2, 4"),
+        (["--model", "revnet18", "--gpus", "4", "--replicas", "0"], "give one of 1, 2, 4"),
+        (["--model", "revnet18", "--gpus", "4", "--replicas", "many"], "is no number of replicas"),
+        (["--model", "revnet18", "--gpus", "2", "--schedule", "fast"], "unknown schedule"),
+        (["--model", "revnet18", "--gpus", "2", "--schedule", "1,2"], "must not increase"),
+        (["--model", "revnet18", "--gpus", "2", "--device-spec", "gpu9"], "no device is called"),
+        (["--model", "revnet18", "--gpus", "2", "--stem", "big"], 'there is no stem "big"'),
+        (["--model", "revnet18", "--gpus", "2", "--write", "none.toml"], "no such recipe"),
+    ],
+)
+def test_bad_input_is_one_clear_message(arguments: list[str], message: str) -> None:
+    result = partition(*arguments, "--flops")
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
