@@ -1,12 +1,17 @@
 """One thread for every test: the same bits everywhere, and no fight for the machine's cores."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 # For the processes that tests start, and for what sets the threads anew in this one.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A job in the background of a script starts with Ctrl-C ignored, and so would every process of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
