@@ -20,7 +20,6 @@ from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
 from petractl.engine.pipeline import StageRecord
 from petractl.engine.process_pipeline import ProcessPipeline
-from petractl.engine.recorder import Record
 from petractl.engine.stage import Counters
 from petractl.engine.trainer import Outcome, Trainer, TrainingState
 from petractl.engine.world import World
@@ -36,18 +35,16 @@ from petractl.events import (
 )
 from petractl.interrupts import Interrupts
 from petractl.optim import load_optimizer_state, optimizer_state
-from petractl.planning.chrome_trace import write_trace
-from petractl.planning.times import Span
 from petractl.processes import is_child_of_petractl, log_name
 from petractl.recipe.schema import Recipe
 from petractl.run_folder import RunFolder
 from petractl.tracking.console import TIMELINE_NAME, ConsoleListener
-from petractl.tracking.gantt_plot import Timeline, plot_gantt
 from petractl.tracking.journal import Journal
 from petractl.tracking.log_file import LogFile
 from petractl.tracking.masking import mask_credentials
 from petractl.tracking.mlflow_tracker import MlflowTracker, how_to_look, tracking_uri
 from petractl.tracking.plots import CurvePlotter
+from petractl.tracking.timeline import TimelineFiles
 
 EXIT_INTERRUPTED = 130
 
@@ -101,6 +98,7 @@ class Session:
             left = ", ".join(built.left_weights)
             self._notes.append(Problem("model.weights", f"left as initialised: {left}", ""))
         self._epoch = 0
+        self._timeline: TimelineFiles | None = None
 
     def warn(self, problems: Sequence[Problem]) -> None:
         """Add warnings to those told at the start."""
@@ -123,6 +121,7 @@ class Session:
         """Run to the end; returns the exit code."""
         self._epoch = state.epochs_done
         bus = self._open_bus()
+        self._timeline = self._timeline_files(bus) if self._trace else None
         started = time.perf_counter()
         try:
             self._tell_start(bus, state)
@@ -139,6 +138,8 @@ class Session:
             bus.emit(RunInterrupted(epoch=self._epoch + 1, resume_command=command))
             return EXIT_INTERRUPTED
         finally:
+            if self._timeline is not None:
+                self._timeline.draw()
             bus.close()
         return 0
 
@@ -218,7 +219,7 @@ class Session:
             length=self._built.length,
             evaluate=self._built.evaluate,
             settle=self._built.settle,
-            trace=self._write_timeline if self._trace else None,
+            trace=self._timeline.write if self._timeline is not None else None,
             placement=self._built.placement,
             epochs=self._recipe.training.epochs,
             evaluate_every=self._recipe.training.evaluate_every,
@@ -226,24 +227,15 @@ class Session:
             save=save,
         )
 
-    def _write_timeline(self, epoch: int, records: Sequence[tuple[int, Record]]) -> None:
-        """Write what happened when in an epoch: a trace for a viewer, and a chart of its beginning."""
-        spans = [
-            Span(r.stage, replica, r.kind, r.microbatch, r.start_s, r.end_s, r.waited_for)
-            for replica, r in sorted(records, key=lambda item: item[1].start_s)
-        ]
-        if not spans:
-            return
-        folder = self._folder.path / "traces"
-        with contextlib.suppress(OSError):  # a full disk is told by what cannot do without
-            folder.mkdir(exist_ok=True)
-            write_trace({self._recipe_name: spans}, folder / f"epoch-{epoch:04d}.json")
-        shown = [s for s in spans if s.microbatch < 3 * len(self._built.plan.stages) + 4 and s.replica == 0]
-        path = self._folder.path / TIMELINE_NAME
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(exist_ok=True)
-            title = f"{self._recipe_name}: the beginning of epoch {epoch}, as measured"
-            plot_gantt([Timeline("", shown)], path, title=title)
+    def _timeline_files(self, bus: EventBus) -> TimelineFiles:
+        return TimelineFiles(
+            self._folder.path,
+            chart=self._folder.path / TIMELINE_NAME,
+            name=self._recipe_name,
+            num_stages=len(self._built.plan.stages),
+            num_places=self._built.world.seat.num_places,
+            warn=lambda message: bus.emit(WarningRaised(message=message)),
+        )
 
     def _save(self, state: TrainingState, is_best: bool) -> CheckpointSaved | None:
         """Write what lives here; the first process commits all of it, and tells."""

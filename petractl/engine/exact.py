@@ -16,7 +16,7 @@ group, and a last microbatch that is smaller, get schedules of their own, kept f
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -128,7 +128,7 @@ class ExactPipeline:
         assert not problem, problem
         self._measures: tuple[Measures, ...] = ()
         self.recorder: Recorder | None = None
-        """Not used: torch orders the operations."""
+        """Set to record when each stage did what."""
         self._loss = loss
         self._schedule = schedule
         self._seat = seat
@@ -175,12 +175,14 @@ class ExactPipeline:
         for stage in self.stages:
             stage.offset = offset
         self._on_microbatch = on_microbatch
+        if self.recorder is not None:
+            self.recorder.start()
         sent = [(part.bytes_sent_forward, part.bytes_sent_backward) for part in self.stages]
         try:
             for first in range(0, rows, self.accumulation):
                 size = max(0, min(self.accumulation, num_microbatches - first))
                 samples = self._run_group(source, first=first, size=size) if size else 0
-                self._update(size=size, samples=samples)
+                self._update(size=size, samples=samples, last=first + max(size, 1) - 1)
             with self._peers_named():
                 self._desk.flush()
         except StageFailure as failure:
@@ -212,6 +214,7 @@ class ExactPipeline:
                 count = run.stop - run.start
                 for name, part in flushes(self._schedule, num_places=self._seat.num_places, count=count):
                     flush = self._flush(name, layout=layout, count=part)
+                    flush.record(self.recorder)
                     flush.run(group, positions=slice(position, position + part), first=first + position)
                     position += part
         return sum(group.samples)
@@ -245,18 +248,24 @@ class ExactPipeline:
             with failures_escape():
                 self._on_microbatch(microbatch)
 
-    def _update(self, *, size: int, samples: int) -> None:
-        """Average what the group left in the gradients and step; a replica with no group adds nothing."""
+    def _update(self, *, size: int, samples: int, last: int) -> None:
+        """Average what the group left in the gradients and step; a replica with no group adds nothing.
+
+        `last` is the group's last microbatch.
+        """
         with self._stopwatch.running():
             for stage in self.stages:
                 _average(stage.parameters, 1.0 / max(1, size))
         if self._reducer is not None:
             self._reducer.finish(samples=samples)
-        with self._stopwatch.running():
-            for stage in self.stages:
+        for stage in self.stages:
+            with self._stopwatch.running(), self._recorded(stage.index, last):
                 stage.updater.step(delay=0, position=stage.counters.updates)
                 stage.counters.updates += 1
                 stage.counters.partial_groups += size < self.accumulation
+
+    def _recorded(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.work(stage, "U", microbatch)
 
     @contextmanager
     def _peers_named(self) -> Iterator[None]:
@@ -294,6 +303,11 @@ class _Flush:
             self._schedule = ScheduleInterleaved1F1B(list(stages), **options)
         else:
             self._schedule = ScheduleInterleavedZeroBubble(list(stages), **options)
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Have the stages record what they do; None: no longer."""
+        for stage in self._stages:
+            stage.recorder = recorder
 
     def run(self, group: _Group, *, positions: slice, first: int) -> None:
         """Run these positions of the group, of which the first is microbatch `first` of the epoch."""

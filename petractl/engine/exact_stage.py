@@ -9,7 +9,7 @@ messages (a *probe*). A probe changes nothing here: no counter, no running stati
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from petractl.engine.recorder import Recorder
 from petractl.engine.stage import Counters, Totals
 from petractl.engine.stopwatch import Stopwatch
 from petractl.engine.update import Updater
@@ -159,6 +160,8 @@ class WatchedStage(PipelineStage):
         super().__init__(body, body.part.index, num_stages, body.wire, group=group)
         self.first = 0
         """The microbatch of the epoch that is number 0 of the flush."""
+        self.recorder: Recorder | None = None
+        """Set to record when the stage did what."""
         self._body = body
         self._stopwatch = stopwatch
         self._on_backward = on_backward
@@ -176,21 +179,21 @@ class WatchedStage(PipelineStage):
     ) -> Any:
         """Run the module for a microbatch of the flush."""
         self._body.microbatch = self.first + fwd_chunk_id
-        with self._stopwatch.running():
+        with self._watched("F", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: Any = False
     ) -> None:
         """Differentiate for a microbatch: all, or the inputs only if the weights come later."""
-        with failures_escape(), self._stopwatch.running():
+        with failures_escape(), self._watched("B", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if full_backward:
             self._done(bwd_chunk_id)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: Any = False) -> None:
         """Differentiate with respect to the weights."""
-        with failures_escape(), self._stopwatch.running():
+        with failures_escape(), self._watched("W", bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self._done(bwd_chunk_id)
 
@@ -213,6 +216,15 @@ class WatchedStage(PipelineStage):
         ops = _in_plain_memory(super().get_bwd_send_ops(bwd_chunk_id))
         self._body.part.bytes_sent_backward += sum(op.tensor.nbytes for op in ops)
         return ops
+
+    @contextmanager
+    def _watched(self, kind: str, chunk: int) -> Iterator[None]:
+        """Count the time of what happens inside, and record it."""
+        with ExitStack() as stack:
+            stack.enter_context(self._stopwatch.running())
+            if self.recorder is not None:
+                stack.enter_context(self.recorder.work(self._body.part.index, kind, self.first + chunk))
+            yield
 
     def _done(self, chunk: int) -> None:
         self._body.part.counters.backwards += 1

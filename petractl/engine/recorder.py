@@ -31,13 +31,28 @@ class Record:
     waited_for: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One operation as it was recorded: marks of its start and end, and what its stage waited.
+
+    `waited_s` is None where only the time since the process's last operation tells.
+    """
+
+    stage: int
+    kind: str
+    microbatch: int
+    began: Any
+    ended: Any
+    waited_s: float | None
+
+
 class Recorder:
     """Records the operations of an epoch's first `limit` microbatches."""
 
     def __init__(self, device: torch.device, *, limit: int = TRACED_MICROBATCHES) -> None:
         self._device = device
         self._limit = limit
-        self._rows: list[tuple[int, Operation, Any, Any, str]] = []
+        self._rows: list[_Row] = []
         self._origin: tuple[float, Any] | None = None
 
     def start(self) -> None:
@@ -48,23 +63,40 @@ class Recorder:
             self._origin = (time.perf_counter(), self._mark())
 
     @contextmanager
-    def operation(self, stage: int, operation: Operation, *, waited_s: float = 0.0) -> Iterator[None]:
+    def operation(self, stage: int, operation: Operation, *, waited_s: float | None = 0.0) -> Iterator[None]:
         """Record what happens inside as one operation, before which the stage waited `waited_s`."""
-        if operation.microbatch >= self._limit:
+        with self.work(stage, operation.kind.value, operation.microbatch, waited_s=waited_s):
+            yield
+
+    @contextmanager
+    def work(
+        self, stage: int, kind: str, microbatch: int, *, waited_s: float | None = None
+    ) -> Iterator[None]:
+        """Record what happens inside under the name of its kind ("F", "B", "W" for weights ...).
+
+        Without `waited_s` the process is taken to have waited since its last operation.
+        """
+        if microbatch >= self._limit:
             yield
             return
         began = self._mark()
         yield
-        self._rows.append((stage, operation, began, self._mark(), _reason(operation, stage, waited_s)))
+        self._rows.append(_Row(stage, kind, microbatch, began, self._mark(), waited_s))
 
     def records(self) -> list[Record]:
         """Return what was recorded since `start`; waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return [
-            Record(stage, operation.kind.value, operation.microbatch, self._time(a), self._time(b), waited)
-            for stage, operation, a, b, waited in self._rows
-        ]
+        records: list[Record] = []
+        for row in self._rows:
+            start_s, end_s = self._time(row.began), self._time(row.ended)
+            waited_s = row.waited_s
+            # A GPU's queue runs behind the host, whose waiting says nothing of the device's.
+            if waited_s is None or self._device.type == "cuda":
+                waited_s = start_s - records[-1].end_s if records else 0.0
+            reason = _reason(row.kind, row.stage, waited_s)
+            records.append(Record(row.stage, row.kind, row.microbatch, start_s, end_s, reason))
+        return records
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
@@ -80,9 +112,9 @@ class Recorder:
         return started + float(event.elapsed_time(mark)) / 1000.0
 
 
-def _reason(operation: Operation, stage: int, waited_s: float) -> str:
+def _reason(kind: str, stage: int, waited_s: float) -> str:
     if waited_s < _NOTICEABLE_S:
         return ""
-    if operation.kind is Kind.BACKWARD:
+    if kind == Kind.BACKWARD:
         return "backward"
-    return "other" if operation.kind is Kind.UPDATE or stage == 0 else "forward"
+    return "forward" if kind in (Kind.FORWARD, Kind.FORWARD_BACKWARD) and stage > 0 else "other"

@@ -45,8 +45,8 @@ def sets(*overrides: str) -> list[str]:
     return [part for text in overrides for part in ("--set", text)]
 
 
-def run(folder: Path, *overrides: str, recipe: str = "digits_revnet18") -> Result:
-    return call("run", recipe, "--dir", str(folder), *sets(*overrides))
+def run(folder: Path, *overrides: str, recipe: str = "digits_revnet18", trace: bool = False) -> Result:
+    return call("run", recipe, "--dir", str(folder), *sets(*overrides), *(["--trace"] if trace else []))
 
 
 def resume(folder: Path, *overrides: str) -> Result:
@@ -61,6 +61,18 @@ def journal(folder: Path, event: str = "") -> list[dict]:
 def newest_epoch(folder: Path) -> int:
     found = [path.parent.name for path in (folder / "checkpoints").glob("epoch-*/manifest.json")]
     return max((int(name.removeprefix("epoch-")) for name in found), default=0)
+
+
+def traced(folder: Path, epoch: int = 1) -> tuple[list[dict], list[dict]]:
+    """Return the operations and the waits of a trace, all of them within the seconds of its epoch."""
+    text = (folder / "traces" / f"epoch-{epoch:04d}.json").read_text()
+    events = [event for event in json.loads(text)["traceEvents"] if event["ph"] == "X"]
+    seconds = next(r["seconds"] for r in journal(folder, "epoch_trained") if r["epoch"] == epoch)
+    for event in events:
+        assert event["ts"] >= 0
+        assert event["ts"] + event["dur"] <= 1e6 * seconds
+    waits = [event for event in events if event["name"] == "wait"]
+    return [event for event in events if event["name"] != "wait"], waits
 
 
 def drop_checkpoints_after(folder: Path, epoch: int) -> None:
@@ -179,7 +191,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several") / "run"
-    assert run(folder, *THREE_STAGES, PROCESSES).exit_code == 0
+    assert run(folder, *THREE_STAGES, PROCESSES, trace=True).exit_code == 0
     return folder
 
 
@@ -215,6 +227,25 @@ def test_every_stage_is_counted_measured_and_logged(several: Path) -> None:
     assert {"stage-00.log", "stage-01.log", "stage-02.log"} <= logs.keys()
     assert all("run finished" in logs[f"stage-{stage:02d}.log"] for stage in range(3))
     assert not list((several / "checkpoints").glob(".writing-*"))
+
+
+def test_a_trace_has_the_operations_of_all_processes_on_one_clock(several: Path) -> None:
+    for epoch in (1, 2):
+        operations, waits = traced(several, epoch)
+        rows = [",".join(e["name"] for e in operations if e["tid"] == stage) for stage in range(3)]
+        # 5 microbatches in groups of 2, as `tight` orders them.
+        assert rows[0] == "F 0,F 1,F 2,B 0,F 3,B 1,U 1,F 4,B 2,B 3,U 3,B 4,U 4"
+        assert rows[1] == "F 0,F 1,B 0,F 2,B 1,U 1,F 3,B 2,F 4,B 3,U 3,B 4,U 4"
+        assert rows[2] == "FB 0,FB 1,U 1,FB 2,FB 3,U 3,FB 4,U 4"
+        start = {(e["tid"], e["name"]): e["ts"] for e in operations}
+        end = {(e["tid"], e["name"]): e["ts"] + e["dur"] for e in operations}
+        # Clocks of one machine: no message arrives before it is sent, to a hundredth of a second.
+        for i in range(5):
+            assert start[1, f"F {i}"] > end[0, f"F {i}"] - 1e4
+            assert start[2, f"FB {i}"] > end[1, f"F {i}"] - 1e4
+            assert start[0, f"B {i}"] > end[1, f"B {i}"] - 1e4
+        assert {e["args"]["for"] for e in waits} <= {"forward", "backward", "other"}
+    assert (several / "plots" / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_goes_on_in_another_mode_and_with_other_stages(several: Path, tmp_path) -> None:
@@ -517,7 +548,7 @@ def test_an_exact_pipeline_has_the_loss_of_backprop(
     tmp_path, exact_loss: float, schedule: str, stages: int
 ) -> None:
     folder = tmp_path / "run"
-    result = run(folder, *EXACT, f"engine.schedule={schedule}", f"partition.stages={stages}")
+    result = run(folder, *EXACT, f"engine.schedule={schedule}", f"partition.stages={stages}", trace=True)
     assert result.exit_code == 0, result.stderr
     (trained,) = journal(folder, "epoch_trained")
     assert trained["loss"] == pytest.approx(exact_loss, abs=1e-5)
@@ -529,6 +560,12 @@ def test_an_exact_pipeline_has_the_loss_of_backprop(
     ]
     (plan,) = journal(folder, "plan_made")
     assert plan["processes"] == 2
+    operations, _ = traced(folder)
+    for stage in range(stages):
+        kinds = [e["cat"] for e in operations if e["args"]["stage"] == stage]
+        assert (kinds.count("F"), kinds.count("U")) == (5, 2)
+        assert kinds.count("B") == 5
+    assert {e["tid"] for e in operations} == {0, 1}
     if schedule == "1f1b":
         assert resume(folder, "training.epochs=2").exit_code == 0
         assert [r["epoch"] for r in journal(folder, "epoch_trained")] == [1, 2]
