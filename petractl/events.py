@@ -102,6 +102,7 @@ class StepsDone(Event):
     images_per_s: float
     lr: float  # of the last stage
     update: int
+    data_wait_percent: float | None = None  # share of the epoch so far that the first replica waited for data
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,17 @@ class EpochTrained(Event):
     seconds: float  # training only, without evaluation
     lr: float  # of the last stage, at the end of the epoch
     update: int
-    data_wait_percent: float | None = None  # share of the seconds spent waiting for data
+    data_wait_percent: float | None = None  # share of the seconds spent waiting for data; the worst replica's
+
+
+@dataclass(frozen=True, slots=True)
+class SamplesSkipped(Event):
+    """Bad samples were left out, in training or evaluation, since the last such event."""
+
+    name: ClassVar[str] = "samples_skipped"
+    epoch: int
+    count: int  # one that was met twice counts twice
+    samples: tuple[str, ...]  # the first ten different ones: "shard: key: reason"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,10 @@ _NOTHING_TO_DO = "nothing to do"
 _RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 RESUMABLE_KEYS = (
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.cache",
     "partition.stages",
     "partition.cuts",
     "partition.balance",
@@ -261,7 +265,7 @@ def _prepare_resume(run: Path, overrides: Sequence[str], launch: Launch | None) 
     folder = open_run_folder(run)
     _check_resumable(overrides)
     with folder.locked():
-        loaded = load_recipe(folder.resolved, overrides=overrides)
+        loaded = _unchosen(load_recipe(folder.resolved, overrides=overrides), overrides)
         _check_tracking(loaded)
         saved, damaged = checkpoint.newest_checkpoint(folder.checkpoints)
         if saved is None and damaged:
@@ -285,6 +289,14 @@ def _prepare_resume(run: Path, overrides: Sequence[str], launch: Launch | None) 
         if saved is not None and built is None:
             saved = replace(saved, tensors={})  # each process reads its own; this one only waits
         yield _Ready(folder, plan, name, tuple(warnings), saved, built=built)
+
+
+def _unchosen(loaded: LoadedRecipe, overrides: Sequence[str]) -> LoadedRecipe:
+    """Have the lookaheads of `least` chosen again where other cuts, or another schedule, are asked for."""
+    keys = ("partition.", "engine.schedule", "engine.mode")
+    if not any(text.strip().startswith(keys) for text in overrides):
+        return loaded
+    return replace(loaded, recipe=loaded.recipe.with_lookahead(()))
 
 
 def _check_length(state: TrainingState, loaded: LoadedRecipe) -> None:

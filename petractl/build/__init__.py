@@ -16,7 +16,7 @@ from petractl.build.make import (
     open_data_here,
     process_device,
 )
-from petractl.build.parts import num_threads
+from petractl.build.parts import num_threads, wire_formats
 from petractl.build.plan import CheckedPlan, check
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "num_threads",
     "open_data_here",
     "process_device",
+    "wire_formats",
 ]

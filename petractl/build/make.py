@@ -18,11 +18,12 @@ from petractl.build.layout import IN_PROCESS, Layout, device_of, exact_schedule
 from petractl.build.parts import (
     autocast_dtype,
     build_units,
-    data_places,
+    data_request,
     eval_batch_size,
     make_updater,
     memory_format,
     num_threads,
+    num_workers,
     wire_formats,
 )
 from petractl.build.plan import CheckedPlan
@@ -115,8 +116,9 @@ def build_network(plan: CheckedPlan) -> Network:
 def evaluation_data(plan: CheckedPlan) -> EvaluationData:
     """Open the test data alone."""
     recipe = plan.recipe
-    data = open_data(recipe.data.name, seed=recipe.run.seed, test_only=True, **data_places(recipe))
-    return data.eval_loader(batch_size=eval_batch_size(recipe), workers=recipe.data.workers)
+    data = open_data(recipe.data.name, seed=recipe.run.seed, test_only=True, **data_request(recipe))
+    workers = num_workers(recipe, decodes=data.decodes, device=plan.device)
+    return data.eval_loader(batch_size=eval_batch_size(recipe), workers=workers, device=plan.device)
 
 
 def evaluation_placement(plan: CheckedPlan) -> Placement:
@@ -255,28 +257,37 @@ def open_data_here(plan: CheckedPlan, world: World | Alone) -> DataHere:
     training, evaluation, info = None, None, plan.info
     mine: tuple[int, int, int] | None = None
     if seat.is_first:
-        data = open_data(recipe.data.name, seed=recipe.run.seed, **data_places(recipe))
+        data = open_data(recipe.data.name, seed=recipe.run.seed, **data_request(recipe))
         info = data.info
+        device = world.device if isinstance(world, World) else plan.device
+        workers = num_workers(recipe, decodes=data.decodes, device=device, processes=_processes_here())
         training = data.train_loader(
             batch_size=recipe.data.batch_size,
             steps_per_epoch=recipe.data.steps_per_epoch,
             augment=recipe.data.augment,
             drop_last=recipe.data.drop_last,
-            workers=recipe.data.workers,
+            workers=workers,
             replica=seat.replica,
             replicas=seat.num_replicas,
+            device=device,
         )
         evaluation = data.eval_loader(
             batch_size=eval_batch_size(recipe),
-            workers=recipe.data.workers,
+            workers=workers,
             replica=seat.replica,
             replicas=seat.num_replicas,
+            device=device,
         )
         mine = (training.microbatches, training.steps_per_epoch, len(evaluation))
     told = world.gather_all(mine)[seat.replica * seat.num_places] if isinstance(world, World) else mine
     assert told is not None
     microbatches, rows, batches = told
     return DataHere(info, training, evaluation, EpochLength(microbatches, rows), batches)
+
+
+def _processes_here() -> int:
+    launch = Launch.from_environment()
+    return launch.local_world_size if launch else 1
 
 
 def _stages(
@@ -386,6 +397,8 @@ def _schedule_words(plan: CheckedPlan) -> str:
         schedule = "sequential" if plan.method.locked else "tight"
     if not isinstance(schedule, str):
         return str(list(schedule))
+    if schedule == "least":
+        return f"least: {list(plan.lookahead)}"
     return f"tight + slack {slack}" if slack and schedule == "tight" else schedule
 
 

@@ -7,16 +7,21 @@ elsewhere would choose others.
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from petractl.build.parts import autocast_dtype
+from petractl.build.layout import IN_PROCESS, Mode, exact_schedule
+from petractl.build.parts import autocast_dtype, num_threads, wire_formats
 from petractl.data import DataInfo
+from petractl.data.worker_processes import usable_cores
 from petractl.engine.schedule import lookaheads
-from petractl.methods.family import Keeping, MethodSpec
+from petractl.errors import UserError
+from petractl.methods.family import MethodSpec
+from petractl.models.registry import BuiltModel
 from petractl.planning.costing import Clock, cost_net
-from petractl.planning.flops import UnitCost
+from petractl.planning.devices import DeviceSpec
 from petractl.planning.least import least_lookahead
-from petractl.planning.stages import planned_cuts
+from petractl.planning.net import Net
+from petractl.planning.plan import Setting, choose_cuts
+from petractl.planning.times import Link
 from petractl.recipe.schema import Recipe
 
 MEASURED_BALANCES = ("time", "memory")
@@ -24,63 +29,103 @@ MEASURED_BALANCES = ("time", "memory")
 
 def measured_cuts(
     recipe: Recipe,
-    units: Sequence[nn.Module],
-    costs: Sequence[UnitCost],
+    model: BuiltModel,
     *,
     spec: MethodSpec,
-    kept: Sequence[Keeping],
     info: DataInfo,
     num_stages: int,
     device: torch.device,
+    mode: Mode,
 ) -> tuple[int, ...]:
-    """Return the first units of stages 1 ... J-1 that make time or memory even.
+    """Return the first units of stages 1 ... J-1 that make time or memory even, as `partition` does.
+
+    On GPUs of several processes no stage gets more than fits in one.
 
     Raises:
-        UserError: more stages than units.
+        UserError: more stages than units, or nothing fits.
     """
-    schedule = recipe.engine.schedule
-    if not isinstance(schedule, str) or schedule not in ("tight", "paper"):
-        schedule = "sequential" if spec.locked else "tight"
-    with torch.device("cpu"):  # the net itself is on the meta device
-        return planned_cuts(
-            units,
-            costs,
-            kept=kept,
-            lookahead=lookaheads(schedule, num_stages=num_stages, slack=recipe.engine.slack),
-            balance=recipe.partition.balance,
-            input_shape=(info.channels, info.height, info.width),
-            batch_size=recipe.data.batch_size,
-            accumulation=recipe.method.accumulation,
-            optimizer=recipe.optimizer.name,
-            clock=_clock(recipe, device),
+    balance = recipe.partition.balance
+    clock = _clock(recipe, device, mode, num_stages=num_stages) if balance == "time" else Clock()
+    net = _net(recipe, model, spec=spec, info=info, clock=clock)
+    memory = _memory_bytes(device) if mode != IN_PROCESS else None
+    setting = Setting(
+        devices=(DeviceSpec(str(device), memory_bytes=memory),) * num_stages,
+        speeds=(1.0,) * num_stages,
+        schedule=_schedule(recipe, spec, num_stages=num_stages),
+        accumulation=recipe.method.accumulation,
+        balance=balance,
+    )
+    cuts = choose_cuts(net, setting)
+    if cuts is None:
+        raise UserError(
+            f"no cut into {num_stages} stages fits in the memory of {device}",
+            where="partition.stages",
+            hint="more stages, a smaller data.batch_size or a larger method.accumulation: "
+            "`petractl partition` says what fits",
         )
+    return cuts
 
 
-def least_schedule(
+def least_lookaheads(
     recipe: Recipe,
-    units: Sequence[nn.Module],
-    names: Sequence[str],
+    model: BuiltModel,
     *,
     spec: MethodSpec,
     info: DataInfo,
     cuts: Sequence[int],
     device: torch.device,
+    mode: Mode,
 ) -> tuple[int, ...]:
-    """Return the smallest lookaheads that cost no throughput, by the stages' measured times."""
-    with torch.device("cpu"):
-        net = cost_net(
-            units,
-            names,
-            method=spec,
-            input_shape=(info.channels, info.height, info.width),
-            batch_size=recipe.data.batch_size,
-            clock=_clock(recipe, device),
-            optimizer=recipe.optimizer.name,
-        )
-    times = net.stage_times(cuts, speeds=(1.0,) * (len(cuts) + 1))
-    return least_lookahead(times, accumulation=recipe.method.accumulation)
+    """Return the smallest lookaheads that cost no throughput, by the stages' and messages' measured times."""
+    stages = len(cuts) + 1
+    clock = _clock(recipe, device, mode, num_stages=stages)
+    net = _net(recipe, model, spec=spec, info=info, clock=clock)
+    k = recipe.method.accumulation
+    times = net.stage_times(cuts, speeds=(1.0,) * stages, accumulation=k)
+    # In one process messages do not travel.
+    link = Link() if mode == IN_PROCESS else net.messages.link
+    return least_lookahead(times, link=link, accumulation=k)
 
 
-def _clock(recipe: Recipe, device: torch.device) -> Clock:
+def _net(recipe: Recipe, model: BuiltModel, *, spec: MethodSpec, info: DataInfo, clock: Clock) -> Net:
+    before = torch.get_num_threads()
+    try:
+        with torch.device("cpu"):  # the net itself is on the meta device
+            return cost_net(
+                model.units,
+                model.names,
+                method=spec,
+                input_shape=(info.channels, info.height, info.width),
+                batch_size=recipe.data.batch_size,
+                clock=clock,
+                optimizer=recipe.optimizer.name,
+                compared=False,
+                number_formats=wire_formats(recipe),
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _clock(recipe: Recipe, device: torch.device, mode: Mode, *, num_stages: int) -> Clock:
+    """Return how stages are timed: with the threads, and beside the processes, that they will have."""
+    processes = 1 if mode == IN_PROCESS else num_stages * recipe.engine.replicas
+    threads = num_threads(recipe, processes=processes)
+    torch.set_num_threads(threads)
+    beside = max(1, min(processes, usable_cores() // threads))
     channels_last = recipe.model.memory_format == "channels-last"
-    return Clock(device, autocast_dtype(recipe), channels_last)
+    return Clock(device, autocast_dtype(recipe), channels_last, processes=beside)
+
+
+def _schedule(recipe: Recipe, spec: MethodSpec, *, num_stages: int) -> str | tuple[int, ...]:
+    schedule = recipe.engine.schedule
+    if recipe.engine.slack:
+        return lookaheads("tight", num_stages=num_stages, slack=recipe.engine.slack)
+    if exact_schedule(recipe) == "interleaved-1f1b":
+        return "1f1b"
+    return "sequential" if spec.locked and schedule == "auto" else schedule
+
+
+def _memory_bytes(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)

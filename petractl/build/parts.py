@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from petractl.data import DataInfo
+from petractl.data.request import Asked
+from petractl.data.worker_processes import automatic_workers
 from petractl.engine.schedule import num_updates
 from petractl.engine.update import Updater
 from petractl.models.registry import BuiltModel, build_model
 from petractl.optim import LearningRate, build_optimizer, clip_norm_
+from petractl.recipe.checks import idle_keys
 from petractl.recipe.schema import Recipe
 
 IMAGENET_STEM_FROM_SIDE = 96
 MIN_EVAL_BATCH = 256
+_ASKED_KEYS = tuple(Asked.__annotations__)
 
 
 def num_threads(recipe: Recipe, *, processes: int = 1) -> int:
@@ -32,18 +36,24 @@ def num_threads(recipe: Recipe, *, processes: int = 1) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def data_places(recipe: Recipe) -> dict[str, Any]:
+def data_request(recipe: Recipe) -> dict[str, Any]:
     """Return what the data set is asked for, as keyword arguments."""
     data = recipe.data
-    places: dict[str, Any] = {"train": data.train, "val": data.val}
-    if data.name == "fake":
-        places |= {
-            "fake_samples": data.fake_samples,
-            "image_size": data.image_size,
-            "channels": data.channels,
-            "classes": data.classes,
-        }
-    return places
+    idle = {idle.key for idle in idle_keys(recipe)}
+    asked = {key: getattr(data, key) for key in _ASKED_KEYS if f"data.{key}" not in idle}
+    return {"train": data.train, "val": data.val, **asked}
+
+
+def num_workers(recipe: Recipe, *, decodes: bool, device: torch.device, processes: int = 1) -> int:
+    """Return how many workers prepare data; `processes` of the run are on this machine.
+
+    "auto" has workers only where images are decoded as they are read and the CPU has nothing else to do.
+    """
+    if isinstance(recipe.data.workers, int):
+        return recipe.data.workers
+    if not decodes:
+        return 0
+    return automatic_workers(on_cpu=device.type == "cpu", processes=processes)
 
 
 def stem_of(recipe: Recipe, info: DataInfo) -> str:

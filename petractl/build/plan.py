@@ -17,8 +17,8 @@ from petractl.build.layout import (
     exact_schedule,
     layout_problems,
 )
-from petractl.build.measured import MEASURED_BALANCES, least_schedule, measured_cuts
-from petractl.build.parts import build_units, data_places, make_optimizer, stem_of
+from petractl.build.measured import MEASURED_BALANCES, least_lookaheads, measured_cuts
+from petractl.build.parts import build_units, data_request, make_optimizer, stem_of
 from petractl.data import DataInfo, describe_data
 from petractl.data.order import TrainOrder
 from petractl.engine.schedule import lookaheads
@@ -31,8 +31,9 @@ from petractl.models.weights import load_weights
 from petractl.planning.flops import UnitCost, unit_costs
 from petractl.planning.stages import balanced_cuts
 from petractl.recipe.checks import explicit_keys
+from petractl.recipe.data_checks import PHOTOGRAPH_SIDE
 from petractl.recipe.load import LoadedRecipe
-from petractl.recipe.schema import Recipe
+from petractl.recipe.schema import PHOTOGRAPH_DATASETS, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def check(
         _check_device(recipe, problems)
     if info is None:
         with problems.collect("data"):
-            info = describe_data(recipe.data.name, test_only=test_only, **data_places(recipe))
+            info = describe_data(recipe.data.name, test_only=test_only, **data_request(recipe))
     if info is not None and not test_only:
         _check_batches(recipe, info, problems)
     # A wrong place of the data must not hide what is wrong with the net.
@@ -173,16 +174,16 @@ class _Checker:
             kept = keepings(spec, reversible)
             cuts = self._choose_cuts(spec, costs, kept, model, info)
             num_stages = len(cuts) + 1
-            if recipe.engine.schedule == "least" and not spec.locked:
-                recipe = recipe.with_schedule(
-                    least_schedule(
+            if recipe.engine.schedule == "least" and not spec.locked and not recipe.engine.lookahead:
+                recipe = recipe.with_lookahead(
+                    least_lookaheads(
                         recipe,
-                        model.units,
-                        model.names,
+                        model,
                         spec=spec,
                         info=info,
                         cuts=cuts,
                         device=self._measuring_device(device),
+                        mode=self._mode,
                     )
                 )
             layout = choose_layout(recipe, self._mode, num_stages=num_stages)
@@ -248,13 +249,12 @@ class _Checker:
         if choice.balance in MEASURED_BALANCES:
             return measured_cuts(
                 recipe,
-                model.units,
-                costs,
+                model,
                 spec=spec,
-                kept=kept,
                 info=info,
                 num_stages=stages,
                 device=self._measuring_device(torch.device("cpu")),
+                mode=self._mode,
             )
         return balanced_cuts(costs, kept=kept, num_stages=stages, balance=choice.balance)
 
@@ -304,9 +304,12 @@ def _check_batches(recipe: Recipe, info: DataInfo, problems: _Problems) -> None:
 
 
 def _stand_in(recipe: Recipe) -> DataInfo:
-    side, channels = (8, 1) if recipe.data.name == "digits" else (32, 3)
+    name = recipe.data.name
+    side, channels = {"digits": (8, 1), "fashion-mnist": (28, 1)}.get(name, (32, 3))
+    if name in PHOTOGRAPH_DATASETS:
+        side = recipe.data.image_size or PHOTOGRAPH_SIDE
     return DataInfo(
-        name=recipe.data.name,
+        name=name,
         classes=1,
         channels=channels,
         height=side,
@@ -365,6 +368,8 @@ def _choose_lookahead(recipe: Recipe, spec: MethodSpec, stages: int, problems: _
     schedule = recipe.engine.schedule
     if schedule == "auto" or exact_schedule(recipe):
         schedule = "sequential" if spec.locked else "tight"
+    if schedule == "least":
+        schedule = recipe.engine.lookahead
     try:
         return lookaheads(schedule, num_stages=stages, slack=recipe.engine.slack)
     except ValueError as error:

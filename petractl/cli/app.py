@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
-from petractl.cli import bench, export, ls, partition, resume, run, show, simulate, validate
+from petractl.cli import bench, export, ls, partition, resume, run, shards, show, simulate, validate
 from petractl.cli import eval as eval_
 from petractl.cli.report import guarded
 
 _TRAIN = "Train"
 _LOOK = "Look"
+_DATA = "Data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,30 @@ COMMANDS = (
     Command("validate", validate.command, _LOOK),
     Command("show", show.command, _LOOK),
     Command("ls", ls.command, _LOOK),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Commands under one name; `help` says what they are for."""
+
+    name: str
+    help: str
+    heading: str
+    commands: tuple[Command, ...]
+
+
+GROUPS = (
+    Group(
+        "shards",
+        "Make sets of shards, check them, look into them.",
+        _DATA,
+        (
+            Command("build", shards.build, _DATA),
+            Command("check", shards.check, _DATA),
+            Command("info", shards.info, _DATA),
+        ),
+    ),
 )
 
 
@@ -77,7 +102,16 @@ def make_app() -> typer.Typer:
         app.command(command.name, rich_help_panel=command.heading, no_args_is_help=False)(
             guarded(command.body)
         )
+    for group in GROUPS:
+        app.add_typer(_make_group(group), name=group.name, help=group.help, rich_help_panel=group.heading)
     return app
+
+
+def _make_group(group: Group) -> typer.Typer:
+    made = typer.Typer(no_args_is_help=True, add_completion=False)
+    for command in group.commands:
+        made.command(command.name, no_args_is_help=False)(guarded(command.body))
+    return made
 
 
 app = make_app()

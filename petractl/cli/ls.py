@@ -74,10 +74,18 @@ def _models() -> Listing:
 
 def _datasets() -> Listing:
     from petractl.data.registry import dataset_summary, list_datasets
+    from petractl.recipe.schema import DATASETS_WITHOUT_FILES, DOWNLOADABLE_DATASETS
 
-    return Listing(
-        ("name", "what"), [{"name": name, "what": dataset_summary(name)} for name in list_datasets()]
-    )
+    rows = [
+        {
+            "name": name,
+            "place": None if name in DATASETS_WITHOUT_FILES else f"data/{name}",
+            "download": "yes" if name in DOWNLOADABLE_DATASETS else None,
+            "what": dataset_summary(name),
+        }
+        for name in list_datasets()
+    ]
+    return Listing(tuple(rows[0]), rows)
 
 
 def _methods() -> Listing:

@@ -6,8 +6,8 @@ throughout.
 """
 
 # Importing a set's module registers it.
-from petractl.data import cifar, digits, fake  # noqa: F401
-from petractl.data.dataset import Data, Request, Source
+from petractl.data import cifar, digits, fake, fashion_mnist, imagenet32, photograph_sets  # noqa: F401
+from petractl.data.dataset import Data, Source
 from petractl.data.loader import EvalLoader, TrainLoader
 from petractl.data.preparation import Preparation
 from petractl.data.registry import (
@@ -17,6 +17,7 @@ from petractl.data.registry import (
     open_data,
     register_dataset,
 )
+from petractl.data.request import Request
 from petractl.data.values import UNKNOWN, Batch, DataInfo, Samples
 
 __all__ = [

@@ -4,13 +4,18 @@ Augmentation is that of the paper: crop after padding by 4, flip, normalise. Mea
 those of all pixels of the 50,000 training images, to four places.
 """
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
-from petractl.data.cifar_batches import CIFAR10, CIFAR100, SIDE, CifarFormat
+from petractl.data.cifar_batches import CIFAR10, CIFAR100, SIDE, TRAIN_IMAGES, VAL_IMAGES, CifarFormat
 from petractl.data.cifar_files import Part, find_split
-from petractl.data.dataset import Data, Request, Source, require_fixed_shape
+from petractl.data.dataset import Data, Source
+from petractl.data.download import SetMissing, fetch
 from petractl.data.preparation import Preparation
 from petractl.data.registry import register_dataset
+from petractl.data.request import Request, require_fixed_shape
 from petractl.data.values import UNKNOWN, DataInfo, Samples, joined
 
 _CIFAR10_PREPARATION = Preparation(
@@ -37,15 +42,41 @@ def _source(kind: CifarFormat, preparation: Preparation, request: Request) -> So
     require_fixed_shape(request, _info(kind, train_samples=UNKNOWN, val_samples=UNKNOWN))
 
     def describe() -> DataInfo:
-        train, val = _find(kind, request)
+        try:
+            train, val = _find(kind, request)
+        except SetMissing:
+            if not _may_download(request):
+                raise
+            return _info(kind, train_samples=0 if request.test_only else TRAIN_IMAGES, val_samples=VAL_IMAGES)
         return _info(kind, train_samples=_count(train), val_samples=_count(val))
 
     def load() -> Data:
+        if _may_download(request) and not _is_there(kind, request):
+            fetch(kind.name, into=Path("data") / kind.name, is_there=partial(_is_there, kind, request))
         train, val = (_load(parts) for parts in _find(kind, request))
         info = _info(kind, train_samples=len(train), val_samples=len(val))
-        return Data(info=info, train=train, val=val, preparation=preparation, seed=request.seed)
+        return Data(
+            info=info,
+            train=train,
+            val=val,
+            preparation=preparation,
+            seed=request.seed,
+            resident=request.resident,
+        )
 
     return Source(describe=describe, load=load)
+
+
+def _may_download(request: Request) -> bool:
+    return request.download and not request.train and not request.val
+
+
+def _is_there(kind: CifarFormat, request: Request) -> bool:
+    try:
+        _find(kind, request)
+    except SetMissing:
+        return False
+    return True
 
 
 def _find(kind: CifarFormat, request: Request) -> tuple[list[Part], list[Part]]:

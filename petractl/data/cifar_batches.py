@@ -18,6 +18,7 @@ from petractl.data.values import Samples
 from petractl.errors import DataError
 
 SIDE = 32
+TRAIN_IMAGES, VAL_IMAGES = 50_000, 10_000
 _PIXELS = 3 * SIDE * SIDE
 
 

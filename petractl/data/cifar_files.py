@@ -23,7 +23,9 @@ from petractl.data.cifar_batches import (
     read_pickled_batch,
 )
 from petractl.data.decode import decode_shard
-from petractl.data.shards import count_samples, expand_place, is_shard, listing
+from petractl.data.download import SetMissing
+from petractl.data.places import is_shard, listing
+from petractl.data.shards import count_samples, expand_place
 from petractl.data.values import Samples
 from petractl.errors import DataError
 
@@ -114,13 +116,14 @@ def _batches(kind: CifarFormat, files: list[Path], *, pickled: bool) -> list[Par
     ]
 
 
-def _not_found(kind: CifarFormat, folder: Path, split: Split, *, where: str) -> DataError:
+def _not_found(kind: CifarFormat, folder: Path, split: Split, *, where: str) -> SetMissing:
     remedy = (
-        f"download '{kind.title} python version' ({kind.title.lower()}-python.tar.gz) from the CIFAR page of "
-        f"the University of Toronto, www.cs.toronto.edu/~kriz/cifar.html, and unpack it in data/{kind.name} "
-        f"(it makes the folder {kind.pickled_folder}), or set {where} to the place of WebDataset shards"
+        f"set data.download = true; or download '{kind.title} python version' "
+        f"({kind.title.lower()}-python.tar.gz) from the CIFAR page of the University of Toronto, "
+        f"www.cs.toronto.edu/~kriz/cifar.html, and unpack it in data/{kind.name} "
+        f"(it makes the folder {kind.pickled_folder}); or set {where} to the place of WebDataset shards"
     )
-    return DataError(
+    return SetMissing(
         f"the {split} split of {kind.title} is not in {folder}",
         where=where,
         hint=f"{listing(folder)}; {remedy}",

@@ -8,10 +8,11 @@ validate, every class in both in proportion.
 import numpy as np
 from numpy.typing import NDArray
 
-from petractl.data.dataset import Data, Request, Source, require_fixed_shape, require_no_places
+from petractl.data.dataset import Data, Source
 from petractl.data.preparation import Preparation
 from petractl.data.randomness import Purpose, random_words, stream_key
 from petractl.data.registry import register_dataset
+from petractl.data.request import Request, require_fixed_shape, require_no_places
 from petractl.data.values import DataInfo, Samples
 
 _SPLIT_SEED = 0
@@ -26,10 +27,10 @@ def digits(request: Request) -> Source:
     """1,797 real handwritten digits, 8x8, 10 classes, embedded (scikit-learn): 1,437 train, 360 val."""
     require_no_places(request, _INFO.name)
     require_fixed_shape(request, _INFO)
-    return Source(describe=lambda: _INFO, load=lambda: _load(request.seed))
+    return Source(describe=lambda: _INFO, load=lambda: _load(request))
 
 
-def _load(seed: int) -> Data:
+def _load(request: Request) -> Data:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -41,7 +42,14 @@ def _load(seed: int) -> Data:
     # A flipped digit is another sign or none; a shift by a pixel is what a hand does.
     preparation = Preparation(mean=(float(pixels.mean()),), std=(float(pixels.std()),), pad=1)
     val = Samples(images=grey[chosen], labels=labels[chosen])
-    return Data(info=_INFO, train=train, val=val, preparation=preparation, seed=seed)
+    return Data(
+        info=_INFO,
+        train=train,
+        val=val,
+        preparation=preparation,
+        seed=request.seed,
+        resident=request.resident,
+    )
 
 
 def _stratified_choice(labels: NDArray[np.int64], *, count: int) -> NDArray[np.bool_]:

@@ -8,10 +8,11 @@ seed.
 import numpy as np
 from numpy.typing import NDArray
 
-from petractl.data.dataset import Data, Request, Source, require_no_places
+from petractl.data.dataset import Data, Source
 from petractl.data.preparation import Preparation
 from petractl.data.randomness import Purpose, random_words, stream_key
 from petractl.data.registry import register_dataset
+from petractl.data.request import Request, require_no_places
 from petractl.data.values import DataInfo, Samples
 from petractl.errors import DataError
 
@@ -39,16 +40,18 @@ def fake(request: Request) -> Source:
         train_samples=request.fake_samples,
         val_samples=request.fake_samples // 4,
     )
-    return Source(describe=lambda: info, load=lambda: _load(info, request.seed))
+    return Source(describe=lambda: info, load=lambda: _load(info, request))
 
 
-def _load(info: DataInfo, seed: int) -> Data:
+def _load(info: DataInfo, request: Request) -> Data:
+    seed = request.seed
     return Data(
         info=info,
         train=_samples(info, seed, split=0, count=info.train_samples),
         val=_samples(info, seed, split=1, count=info.val_samples),
         preparation=Preparation(mean=(0.5,) * info.channels, std=(0.25,) * info.channels),
         seed=seed,
+        resident=request.resident,
     )
 
 

@@ -1,89 +1,93 @@
-"""Loaders: the batches of an epoch, prepared in the foreground or by background threads.
+"""Loaders: the batches of an epoch, prepared in the foreground or ahead of their use in the background.
 
 A loader holds no position. `TrainLoader.epoch(epoch, start=...)` is a pure function of (seed, epoch, index),
 to the bit, whatever the number of workers; resuming is asking for the right epoch and start. With replicas a
 loader yields one replica's share, and all shares together are what a loader without them yields.
+
+What a batch is made of is a `Preparer`'s business (samples in memory, on the device, or photographs in
+shards), who makes it that of `RunAhead` (threads or processes).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from petractl.data.order import Pick, TrainOrder
 from petractl.data.prefetch import prepared
-from petractl.data.preparation import Preparation, augment, normalise
-from petractl.data.randomness import Purpose, stream_key
-from petractl.data.values import Batch, Samples
+from petractl.data.skips import Skips
+from petractl.data.values import Batch
 
-J = TypeVar("J")
+if TYPE_CHECKING:
+    from petractl.data.encoded import BadSample
+
+
+class Preparer(Protocol):
+    """Makes batches; the same pick gives the same batch, to the bit."""
+
+    def prepare(self, pick: Pick) -> Batch:
+        """Return the batch of the samples that `pick` names, in its order."""
+        ...
+
+
+class RunAhead(Protocol):
+    """Runs `prepare` on the jobs, in the foreground with 0 workers; gives the results in order."""
+
+    def __call__(
+        self, jobs: Iterable[Pick], prepare: Callable[[Pick], Batch], *, workers: int
+    ) -> Generator[Batch, None, None]:
+        """Yield `prepare(job)` for each job; closing this ends the workers."""
+        ...
 
 
 class TrainLoader:
-    """Shuffled, augmented batches of a training set.
+    """Batches of a training set in the order of `order`.
 
     `steps_per_epoch` is the number of microbatches in an epoch, the largest over the replicas; `microbatches`
     that of this replica; `wait_s` the seconds, over all epochs so far, that the consumer has waited for a
-    batch.
+    batch; `slow_hint` what to change where that is too long.
     """
 
     def __init__(
         self,
-        samples: Samples,
+        preparer: Preparer,
         *,
-        preparation: Preparation,
-        batch_size: int,
-        seed: int,
-        steps_per_epoch: int = 0,
-        augment: bool = True,
-        drop_last: bool = False,
+        order: TrainOrder,
         workers: int = 0,
-        replica: int = 0,
-        replicas: int = 1,
+        ahead: RunAhead = prepared,
+        skips: Skips | None = None,
+        slow_hint: str = "",
     ) -> None:
-        """Raise `DataError` when the batch size does not suit the number of samples (see `TrainOrder`)."""
-        self._samples = samples
-        self._preparation = preparation
-        self._seed = seed
-        self._augment = augment and (preparation.pad > 0 or preparation.flip)
-        self._workers = workers
-        self._order = TrainOrder(
-            len(samples),
-            batch_size=batch_size,
-            seed=seed,
-            steps_per_epoch=steps_per_epoch,
-            drop_last=drop_last,
-            replica=replica,
-            replicas=replicas,
-        )
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self.microbatches = self._order.microbatches
-        self.wait_s = 0.0
+        self._order = order
+        self._source = _Source(preparer, ahead=ahead, workers=workers, skips=skips)
+        self.steps_per_epoch = order.steps_per_epoch
+        self.microbatches = order.microbatches
+        self.slow_hint = slow_hint
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds waited so far."""
+        return self._source.wait_s
+
+    @property
+    def skipped(self) -> list[BadSample]:
+        """The bad samples left out so far by all loaders of the same data; it only grows."""
+        return self._source.skips.samples
 
     def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches `start` ... `microbatches - 1` of `epoch` (any number from 0).
 
-        Closing or dropping the iterator early ends its workers.
+        Closing or dropping the iterator early ends its workers. Raises `DataError` for data that cannot be
+        read, in its batch's turn.
         """
         assert 0 <= start <= self.steps_per_epoch, start
-        picks = (self._order.pick(epoch, index) for index in range(start, self.microbatches))
-        return _batches(picks, self._prepare, workers=self._workers, count_wait=self._count_wait)
-
-    def _count_wait(self, seconds: float) -> None:
-        self.wait_s += seconds
-
-    def _prepare(self, pick: Pick) -> Batch:
-        how = self._preparation
-        images = self._samples.images[pick.samples]
-        if self._augment:
-            key = stream_key(Purpose.AUGMENTATION, self._seed, pick.pass_number)
-            images = augment(images, key=key, samples=pick.samples, pad=how.pad, flip=how.flip)
-        return _batch(images, self._samples.labels[pick.samples], how, index=pick.index)
+        return self._source.batches(
+            self._order.pick(epoch, index) for index in range(start, self.microbatches)
+        )
 
 
 class EvalLoader:
@@ -95,23 +99,33 @@ class EvalLoader:
 
     def __init__(
         self,
-        samples: Samples,
+        preparer: Preparer,
         *,
-        preparation: Preparation,
+        samples: int,
         batch_size: int,
         workers: int = 0,
         replica: int = 0,
         replicas: int = 1,
+        ahead: RunAhead = prepared,
+        skips: Skips | None = None,
     ) -> None:
         assert batch_size >= 1, batch_size
         assert 0 <= replica < replicas, (replica, replicas)
-        self._samples = samples
-        self._preparation = preparation
+        self._source = _Source(preparer, ahead=ahead, workers=workers, skips=skips)
+        self._all_samples = samples
         self._batch_size = batch_size
-        self._workers = workers
-        self._indices = range(replica, -(-len(samples) // batch_size), replicas)
-        self.samples = sum(min(batch_size, len(samples) - index * batch_size) for index in self._indices)
-        self.wait_s = 0.0
+        self._indices = range(replica, -(-samples // batch_size), replicas)
+        self.samples = sum(min(batch_size, samples - index * batch_size) for index in self._indices)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds waited so far."""
+        return self._source.wait_s
+
+    @property
+    def skipped(self) -> list[BadSample]:
+        """The bad samples left out so far by all loaders of the same data; it only grows."""
+        return self._source.skips.samples
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -119,38 +133,33 @@ class EvalLoader:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Yield the batches in order."""
-        return _batches(self._indices, self._prepare, workers=self._workers, count_wait=self._count_wait)
+        return self._source.batches(self._picks())
 
-    def _count_wait(self, seconds: float) -> None:
-        self.wait_s += seconds
-
-    def _prepare(self, index: int) -> Batch:
-        rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
-        labels = self._samples.labels[rows].copy()
-        return _batch(self._samples.images[rows], labels, self._preparation, index=index)
+    def _picks(self) -> Iterator[Pick]:
+        for index in self._indices:
+            first = index * self._batch_size
+            rows = np.arange(first, min(first + self._batch_size, self._all_samples), dtype=np.int64)
+            yield Pick(index=index, pass_number=0, samples=rows)
 
 
-def _batch(images: NDArray[np.uint8], labels: NDArray[np.int64], how: Preparation, *, index: int) -> Batch:
-    # Imported here because a set can be named and described without torch, which takes seconds to import.
-    import torch
+class _Source:
+    """Gives the batches of picks, counting what was waited for and what was left out."""
 
-    pixels = normalise(images, mean=how.mean, std=how.std)
-    return Batch(images=torch.from_numpy(pixels), labels=torch.from_numpy(labels), index=index)
+    def __init__(self, preparer: Preparer, *, ahead: RunAhead, workers: int, skips: Skips | None) -> None:
+        self._preparer = preparer
+        self._ahead = ahead
+        self._workers = workers
+        self.skips = skips or Skips()
+        self.wait_s = 0.0
 
-
-def _batches(
-    jobs: Iterable[J],
-    prepare: Callable[[J], Batch],
-    *,
-    workers: int,
-    count_wait: Callable[[float], None],
-) -> Generator[Batch, None, None]:
-    """Yield each prepared batch, counting the seconds waited for it; closing this ends the workers."""
-    with closing(prepared(jobs, prepare, workers=workers)) as batches:
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            count_wait(time.perf_counter() - began)
-            yield batch
+    def batches(self, picks: Iterable[Pick]) -> Generator[Batch, None, None]:
+        """Yield each prepared batch; closing this ends the workers."""
+        with closing(self._ahead(picks, self._preparer.prepare, workers=self._workers)) as batches:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                self.wait_s += time.perf_counter() - began
+                self.skips.add(batch.skipped)
+                yield batch

@@ -1,6 +1,7 @@
 """Which samples make up a microbatch: a pure function of (seed, epoch, index).
 
-A pass visits every sample once, in an order of its own. With `steps_per_epoch = 0` an epoch is one pass; with
+A pass visits every sample once, in an order of its own: that of a `Shuffle`, over the whole set, or one that
+keeps near each other what lies in one shard. With `steps_per_epoch = 0` an epoch is one pass; with
 `steps_per_epoch = S` epochs are windows of S microbatches on the endless chain of passes, so that a short or
 a long epoch still sees every sample equally often. Nothing is remembered between calls but the last
 permutation, which is only a cache: any microbatch of any epoch can be asked for at any time, which is what
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from petractl.data.randomness import Purpose, random_order, stream_key
+from petractl.data.randomness import Purpose, stream_key
+from petractl.data.shuffle import Shuffle, WholeShuffle
 from petractl.errors import DataError
 
 
@@ -38,7 +40,7 @@ class TrainOrder:
 
     def __init__(
         self,
-        samples: int,
+        samples: int | Shuffle,
         *,
         batch_size: int,
         seed: int,
@@ -47,24 +49,25 @@ class TrainOrder:
         replica: int = 0,
         replicas: int = 1,
     ) -> None:
-        """Raise `DataError` when a pass would hold no microbatch, or a last one of a single sample.
+        """`samples` is how many there are, or how they are shuffled (a number: all of them at once).
 
-        So too when an epoch of one pass would leave a replica with nothing.
+        Raise `DataError` when a pass would hold no microbatch, or a last one of a single sample. So too when
+        an epoch of one pass would leave a replica with nothing.
         """
         assert batch_size >= 1, batch_size
         assert steps_per_epoch >= 0, steps_per_epoch
         assert 0 <= replica < replicas, (replica, replicas)
-        self._samples = samples
+        self._shuffle = WholeShuffle(samples) if isinstance(samples, int) else samples
         self._batch_size = batch_size
         self._seed = seed
-        self._steps_per_pass = _steps_per_pass(samples, batch_size, drop_last=drop_last)
+        self._steps_per_pass = _steps_per_pass(self._shuffle.samples, batch_size, drop_last=drop_last)
         self._replica = replica
         self._replicas = replicas
         rows = -(-self._steps_per_pass // replicas)
         self.steps_per_epoch = steps_per_epoch or rows
         self._is_one_pass = steps_per_epoch == 0
         if self._is_one_pass and self._steps_per_pass < replicas:
-            raise _too_many_replicas(samples, self._steps_per_pass, batch_size, replicas)
+            raise _too_many_replicas(self._shuffle.samples, self._steps_per_pass, batch_size, replicas)
         lacks_last = self._is_one_pass and (rows - 1) * replicas + replica >= self._steps_per_pass
         self.microbatches = self.steps_per_epoch - lacks_last
         self._cached: tuple[int, NDArray[np.int64]] | None = None
@@ -85,7 +88,7 @@ class TrainOrder:
     def _permutation(self, pass_number: int) -> NDArray[np.int64]:
         if self._cached is None or self._cached[0] != pass_number:
             key = stream_key(Purpose.ORDER, self._seed, pass_number)
-            self._cached = (pass_number, random_order(key, self._samples))
+            self._cached = (pass_number, self._shuffle.order(key))
         return self._cached[1]
 
 

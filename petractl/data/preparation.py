@@ -30,21 +30,39 @@ class Preparation:
     flip: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """Where the crop of each image (n,) begins in the padded one, and whether it is flipped."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    flipped: NDArray[np.bool_]
+
+
+def draw_crops(key: int, samples: NDArray[np.int64], *, pad: int) -> Crops:
+    """Return what is drawn for the images with indices `samples` (n,)."""
+    words = random_words(key, samples)
+    # The word's 62 low bits hold the two offsets, its highest bit the flip.
+    offsets = np.uint64(2 * pad + 1)
+    rows = ((words & _31_BITS) * offsets) >> np.uint64(31)
+    columns = (((words >> np.uint64(31)) & _31_BITS) * offsets) >> np.uint64(31)
+    return Crops(
+        rows=rows.astype(np.int64),
+        columns=columns.astype(np.int64),
+        flipped=(words >> np.uint64(63)).astype(np.bool_),
+    )
+
+
 def augment(
     images: NDArray[np.uint8], *, key: int, samples: NDArray[np.int64], pad: int, flip: bool
 ) -> NDArray[np.uint8]:
     """Return images (n, c, h, w) cropped and flipped at random by `key` and the indices `samples` (n,)."""
-    words = random_words(key, samples)
+    drawn = draw_crops(key, samples, pad=pad)
     if pad:
-        # The word's 63 low bits hold the two offsets, its highest bit the flip.
-        offsets = np.uint64(2 * pad + 1)
-        rows = ((words & _31_BITS) * offsets) >> np.uint64(31)
-        columns = (((words >> np.uint64(31)) & _31_BITS) * offsets) >> np.uint64(31)
-        images = _crop(images, rows.astype(np.intp), columns.astype(np.intp), pad=pad)
+        images = _crop(images, drawn.rows, drawn.columns, pad=pad)
     if flip:
-        flipped = (words >> np.uint64(63)).astype(np.bool_)
         images = images if pad else images.copy()
-        images[flipped] = images[flipped, ..., ::-1]
+        images[drawn.flipped] = images[drawn.flipped, ..., ::-1]
     return images
 
 
@@ -61,7 +79,7 @@ def normalise(
 
 
 def _crop(
-    images: NDArray[np.uint8], rows: NDArray[np.intp], columns: NDArray[np.intp], *, pad: int
+    images: NDArray[np.uint8], rows: NDArray[np.int64], columns: NDArray[np.int64], *, pad: int
 ) -> NDArray[np.uint8]:
     count, channels, height, width = images.shape
     padded = np.zeros((count, channels, height + 2 * pad, width + 2 * pad), dtype=np.uint8)

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SPLIT = 3
     FAKE_PATTERN = 4
     FAKE_NOISE = 5
+    SHARD_ORDER = 6
 
 
 def stream_key(purpose: Purpose, *parts: int) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
-from petractl.data.dataset import DEFAULT_FAKE_SAMPLES, Data, Request, Source
+from petractl.data.dataset import AnyData, Source
+from petractl.data.request import Asked, Request
 from petractl.data.values import DataInfo
 from petractl.errors import DataError
 
@@ -38,29 +40,17 @@ def open_data(
     train: str | Sequence[str],
     val: str | Sequence[str],
     seed: int,
-    fake_samples: int = DEFAULT_FAKE_SAMPLES,
-    image_size: int = 0,
-    channels: int = 0,
-    classes: int = 0,
     test_only: bool = False,
-) -> Data:
-    """Read the set `name` into memory.
+    **asked: Unpack[Asked],
+) -> AnyData:
+    """Open the set `name`: read into memory, or (photographs) found and counted.
 
-    `train` and `val` say where it is (path, brace pattern, folder, or a list of these; "": `data/<name>`).
-    `seed` is that of the order and the augmentation (and of the images of 'fake'). The numbers are for 'fake'
-    only; 0 is its default. `test_only` leaves training files unread. Raises `DataError` for whatever is
-    unknown, missing or damaged.
+    `train` and `val` say where it is (path, brace pattern, folder, URL, or a list of these; "": `data/<name>`
+    as a rule). `seed` is that of the order and the augmentation (and of the images of 'fake'). `test_only`
+    leaves training files unread. The rest is as in `Request`. Raises `DataError` for whatever is unknown,
+    missing or damaged.
     """
-    request = Request(
-        train=_places(train),
-        val=_places(val),
-        seed=seed,
-        fake_samples=fake_samples,
-        image_size=image_size,
-        channels=channels,
-        classes=classes,
-        test_only=test_only,
-    )
+    request = Request(train=_places(train), val=_places(val), seed=seed, test_only=test_only, **asked)
     return _builder(name)(request).load()
 
 
@@ -69,26 +59,16 @@ def describe_data(
     *,
     train: str | Sequence[str],
     val: str | Sequence[str],
-    fake_samples: int = DEFAULT_FAKE_SAMPLES,
-    image_size: int = 0,
-    channels: int = 0,
-    classes: int = 0,
     test_only: bool = False,
+    **asked: Unpack[Asked],
 ) -> DataInfo:
-    """Say what `open_data` would open, without decoding an image.
+    """Say what `open_data` would open, without decoding an image or downloading anything.
 
-    The files must be there. A number of samples is `UNKNOWN` (-1) where counting would mean reading very
-    much. Raises `DataError` as `open_data` does, but does not find every damage that reading would.
+    The files must be there, unless they may be downloaded. A number of samples is `UNKNOWN` (-1) where
+    counting would mean reading very much. Raises `DataError` as `open_data` does, but does not find every
+    damage that reading would.
     """
-    request = Request(
-        train=_places(train),
-        val=_places(val),
-        fake_samples=fake_samples,
-        image_size=image_size,
-        channels=channels,
-        classes=classes,
-        test_only=test_only,
-    )
+    request = Request(train=_places(train), val=_places(val), test_only=test_only, **asked)
     return _builder(name)(request).describe()
 
 

@@ -1,13 +1,14 @@
 """The values that pass between a data set, a loader and the engine.
 
 Images rest in memory as uint8 and are turned into normalised float32 one batch at a time, so that CIFAR takes
-150 MB and not 600. Nothing here imports torch: naming and describing a set should not cost its import.
+150 MB and not 600; those that are decoded as they are read stay uint8 until they are where the net is.
+Nothing here imports torch: naming and describing a set should not cost its import.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from petractl.data.encoded import BadSample
+    from petractl.data.normalisation import Normalisation
 
 UNKNOWN = -1
 """A number of samples that is not known without reading the whole set."""
@@ -63,10 +67,17 @@ def joined(parts: Sequence[Samples]) -> Samples:
 class Batch:
     """One microbatch.
 
-    `images` is float32 (n, channels, height, width), contiguous and normalised; `labels` is int64 (n,);
-    `index` is the microbatch's place in its epoch, from 0.
+    `images` (n, channels, height, width) are float32 and normalised; or uint8, where `normalisation` says
+    what is still to be done to them where the net is. `labels` is int64 (n,); `index` is the microbatch's
+    place in its epoch, from 0. `skipped` are the bad samples that were left out of it.
     """
 
     images: Tensor
     labels: Tensor
     index: int
+    normalisation: Normalisation | None = None
+    skipped: tuple[BadSample, ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory from which a GPU can copy while the CPU goes on."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())

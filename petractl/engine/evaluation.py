@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from petractl.data.normalisation import Normalisation
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.messages import Activation
 from petractl.engine.world import World
@@ -24,7 +25,12 @@ class LabelledBatch(Protocol):
 
     @property
     def images(self) -> Tensor:
-        """Images (n, c, h, w)."""
+        """Images (n, c, h, w), float32, or uint8 that are still to be normalised."""
+        ...
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """How the images are still to be normalised; None: not at all."""
         ...
 
     @property
@@ -52,8 +58,11 @@ class Placement:
     autocast_dtype: torch.dtype | None = None
 
     def images(self, batch: LabelledBatch) -> Tensor:
-        """Return the images on the device, in the memory format."""
-        return batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        """Return the images on the device, normalised, in the memory format."""
+        if batch.normalisation is None:
+            return batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        images = batch.images.to(self.device, non_blocking=True)
+        return batch.normalisation(images, memory_format=self.memory_format)
 
     def labels(self, batch: LabelledBatch) -> Tensor:
         """Return the labels on the device."""

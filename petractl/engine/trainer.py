@@ -9,12 +9,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from petractl.engine.data_watch import DataWatch, TrainingData, samples_skipped
 from petractl.engine.evaluation import LabelledBatch, Placement, Scores
 from petractl.engine.measures import Measures
 from petractl.engine.memory import peak_memory_bytes
@@ -36,16 +38,6 @@ from petractl.events import (
 
 PROGRESS_INTERVAL_S = 0.5
 _PROGRESS_KEY = "progress"
-
-
-class TrainingData(Protocol):
-    """A source of epochs; what it yields is a function of (epoch, index) alone."""
-
-    wait_s: float
-
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[LabelledBatch]:
-        """Yield the microbatches of an epoch, counted from 0."""
-        ...
 
 
 class EvaluationData(Protocol):
@@ -106,6 +98,8 @@ class _Report:
     measures: tuple[Measures, ...]
     records: tuple[Record, ...]
     peak_memory_bytes: int | None
+    waited_s: float
+    skipped: tuple[str, ...]
 
 
 class Trainer:
@@ -144,6 +138,7 @@ class Trainer:
         self._save = save
         self._settle = settle
         self._trace = trace
+        self._watch = DataWatch(training_data)
         self._clock_offset = 0.0
         self._images = 0
         self._training_s = 0.0
@@ -153,7 +148,6 @@ class Trainer:
         """Train from `state` to the last epoch."""
         if self._trace is not None:
             self._pipeline.recorder = Recorder(self._placement.device)
-            self._clock_offset = self._world.clock_offset()
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))
@@ -168,22 +162,26 @@ class Trainer:
     def _train(self, epoch: int) -> None:
         before = [replace(stage.counters) for stage in self._pipeline.stages]
         self._pipeline.stages[-1].totals.reset()
-        waited = self._data.wait_s if self._data else 0.0
+        self._watch.begin()
+        if self._trace is not None:
+            # Every epoch anew: clocks of two machines drift apart by a microbatch within the hour.
+            self._clock_offset = self._world.clock_offset()
         started = time.perf_counter()
-        self._pipeline.train(
-            self._placed(self._data.epoch(epoch - 1)) if self._data else None,
-            num_microbatches=self._length.microbatches,
-            num_rows=self._length.rows,
-            offset=(epoch - 1) * self._length.rows,
-            on_microbatch=_Progress(self, epoch, started),
-        )
+        with self._microbatches(epoch) as microbatches:
+            self._pipeline.train(
+                microbatches,
+                num_microbatches=self._length.microbatches,
+                num_rows=self._length.rows,
+                offset=(epoch - 1) * self._length.rows,
+                on_microbatch=_Progress(self, epoch, started),
+            )
         report = self._report(before)
         seconds = time.perf_counter() - started
         self._settle()
         reports = self._world.gather(report)
         if reports:
-            waited_s = (self._data.wait_s if self._data else 0.0) - waited
-            self._tell_trained(epoch, reports, seconds=seconds, waited_s=waited_s)
+            self._tell_trained(epoch, reports, seconds=seconds)
+            self._tell_of_data(epoch, reports, seconds=seconds)
 
     def _report(self, before: list[Counters]) -> _Report:
         """Sum up the epoch; waits for the device."""
@@ -206,6 +204,8 @@ class Trainer:
             measures=tuple(self._pipeline.stage_measures()),
             records=self._own_records(),
             peak_memory_bytes=peak_memory_bytes(device) if isinstance(self._world, World) else None,
+            waited_s=self._watch.waited_s(),
+            skipped=self._watch.newly_skipped(),
         )
 
     def _own_records(self) -> tuple[Record, ...]:
@@ -219,7 +219,7 @@ class Trainer:
             for record in recorder.records()
         )
 
-    def _tell_trained(self, epoch: int, reports: list[_Report], *, seconds: float, waited_s: float) -> None:
+    def _tell_trained(self, epoch: int, reports: list[_Report], *, seconds: float) -> None:
         last = [report for report in reports if report.totals is not None]
         samples = sum(report.totals.samples for report in last if report.totals)
         loss_sum = sum(report.totals.loss for report in last if report.totals)
@@ -239,7 +239,7 @@ class Trainer:
                 seconds=seconds,
                 lr=last[0].rate if last else math.nan,
                 update=last[0].updates if last else 0,
-                data_wait_percent=100.0 * waited_s / seconds,
+                data_wait_percent=100.0 * max(report.waited_s for report in reports) / seconds,
             )
         )
         if self._trace is not None:
@@ -255,6 +255,15 @@ class Trainer:
         for _, index, n, report in rows:
             if report.measures:
                 self._emit(_measured(epoch, index, report, report.measures[n]))
+
+    def _tell_of_data(self, epoch: int, reports: list[_Report], *, seconds: float) -> None:
+        skipped = samples_skipped(epoch, [report.skipped for report in reports])
+        if skipped is not None:
+            self._emit(skipped)
+        waited_s = max(report.waited_s for report in reports)
+        warning = self._watch.warning(epoch, waited_s=waited_s, seconds=seconds)
+        if warning is not None:
+            self._emit(warning)
 
     def _warn_of_divergence(self, epoch: int, loss: float) -> None:
         if not self._has_diverged:
@@ -280,9 +289,15 @@ class Trainer:
         assert counted.updates == expected, f"updates were dropped: {counted}"
         return counted
 
-    def _placed(self, batches: Iterator[LabelledBatch]) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in batches:
-            yield self._placement.images(batch), self._placement.labels(batch)
+    @contextmanager
+    def _microbatches(self, epoch: int) -> Iterator[Iterator[tuple[Tensor, Tensor]] | None]:
+        """Give the epoch's microbatches on the device; None where no data enter."""
+        if self._data is None:
+            yield None
+            return
+        # The pipeline takes no more than it needs, so the loader would not see the end.
+        with closing(self._data.epoch(epoch - 1)) as batches:
+            yield ((self._placement.images(batch), self._placement.labels(batch)) for batch in batches)
 
     def show_progress(self, epoch: int, *, microbatches: int, seconds: float) -> None:
         """Tell of the progress within an epoch; where the loss is, waits for the device.
@@ -302,6 +317,7 @@ class Trainer:
                 images_per_s=last.totals.samples * world.seat.num_replicas / seconds,
                 lr=last.updater.rate,
                 update=last.counters.updates,
+                data_wait_percent=self._watch.wait_percent(seconds),
             )
             if world.seat.rank == 0:
                 self._emit(steps)
@@ -310,7 +326,8 @@ class Trainer:
         elif world.seat.rank == 0:
             told = json.loads(world.ask(_PROGRESS_KEY) or "{}")
             if told.get("epoch") == epoch:
-                self._emit(StepsDone(**told))
+                waited = self._watch.wait_percent(seconds)
+                self._emit(replace(StepsDone(**told), data_wait_percent=waited))
 
     def _evaluate(self, state: TrainingState) -> tuple[TrainingState, bool]:
         started = time.perf_counter()
@@ -327,6 +344,9 @@ class Trainer:
                 seconds=seconds,
             )
         )
+        skipped = samples_skipped(epoch, self._world.gather(self._watch.newly_skipped()))
+        if skipped is not None:
+            self._emit(skipped)
         is_best = state.best_top1 is None or scores.top1 > state.best_top1
         state = replace(state, scores=scores)
         if is_best:

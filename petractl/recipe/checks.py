@@ -6,34 +6,17 @@ which these are.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from petractl.errors import Problem
+from petractl.recipe.data_checks import data_conflicts, idle_data_keys
+from petractl.recipe.findings import Conflict, IdleKey, conflict, shown
 from petractl.recipe.schema import (
-    DATASETS_WITHOUT_FILES,
     EXACT_SCHEDULE_NAMES,
     LOCKED_METHODS,
     STAGES_PER_PROCESS,
     Recipe,
     is_import_path,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """A contradiction between keys."""
-
-    keys: tuple[str, ...]
-    problem: Problem
-
-
-@dataclass(frozen=True, slots=True)
-class IdleKey:
-    """A key with no effect: the setting that makes it so, and the one under which it would matter."""
-
-    key: str
-    because: str
-    used_with: str
 
 
 def explicit_keys(recipe: Recipe) -> frozenset[str]:
@@ -49,7 +32,8 @@ def explicit_keys(recipe: Recipe) -> frozenset[str]:
 def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     """Yield the contradictions between keys that need no model to be seen."""
     given = explicit_keys(recipe)
-    yield from _model_and_data_conflicts(recipe)
+    yield from _model_conflicts(recipe)
+    yield from data_conflicts(recipe)
     yield from _method_conflicts(recipe, given)
     yield from _stage_conflicts(recipe, given)
     yield from _process_conflicts(recipe)
@@ -68,41 +52,29 @@ def find_warnings(recipe: Recipe) -> Iterator[Problem]:
 
 def idle_keys(recipe: Recipe) -> Iterator[IdleKey]:
     """Yield every key that has no effect in this recipe, set or not."""
-    yield from _idle_model_and_data(recipe)
+    yield from _idle_model(recipe)
+    yield from idle_data_keys(recipe)
     yield from _idle_method_and_partition(recipe)
     yield from _idle_engine(recipe)
     yield from _idle_optimizer(recipe)
     yield from _idle_training_and_tracking(recipe)
 
 
-def _conflict(what: str, hint: str, key: str, *others: str) -> Conflict:
-    return Conflict((key, *others), Problem(key, what, hint))
-
-
-def _model_and_data_conflicts(recipe: Recipe) -> Iterator[Conflict]:
-    model, data = recipe.model, recipe.data
+def _model_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    model = recipe.model
     if model.arguments and not is_import_path(model.name):
-        yield _conflict(
+        yield conflict(
             f'are for a model of your own ("package.module:function"), but the model is "{model.name}"',
             "take them out",
             "model.arguments",
             "model.name",
         )
-    if data.name in DATASETS_WITHOUT_FILES:
-        for key, value in (("train", data.train), ("val", data.val)):
-            if value:
-                yield _conflict(
-                    f'"{data.name}" reads no files, but {_shown(value)} is given',
-                    "take it out, or name the data set in data.name",
-                    f"data.{key}",
-                    "data.name",
-                )
 
 
 def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflict]:
     method, engine = recipe.method, recipe.engine
     if "method.keep" in given and method.name != "delayed":
-        yield _conflict(
+        yield conflict(
             f'is for method.name = "delayed" only, but the method is "{method.name}"',
             'take it out, or set method.name = "delayed"',
             "method.keep",
@@ -110,8 +82,8 @@ def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflic
         )
     if _is_exact(recipe):
         if method.name != "backprop":
-            yield _conflict(
-                f'is for method.name = "backprop" only with {_shown(engine.schedule)}, an exact pipeline,'
+            yield conflict(
+                f'is for method.name = "backprop" only with {shown(engine.schedule)}, an exact pipeline,'
                 f' but the method is "{method.name}"',
                 'set method.name = "backprop", or engine.schedule = "auto"',
                 "engine.schedule",
@@ -119,16 +91,16 @@ def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflic
             )
     elif method.name in LOCKED_METHODS and engine.schedule not in ("auto", "sequential"):
         exact = ", or an exact pipeline" if method.name == "backprop" else ""
-        yield _conflict(
+        yield conflict(
             f'must be "auto" or "sequential"{exact} with "{method.name}", which runs no forwards ahead,'
-            f" not {_shown(engine.schedule)}",
+            f" not {shown(engine.schedule)}",
             'set engine.schedule = "auto", or choose method.name = "petra" or "delayed"',
             "engine.schedule",
             "method.name",
         )
     if engine.slack and engine.schedule not in ("auto", "tight"):
-        yield _conflict(
-            f'is for engine.schedule = "tight" only, but the schedule is {_shown(engine.schedule)}',
+        yield conflict(
+            f'is for engine.schedule = "tight" only, but the schedule is {shown(engine.schedule)}',
             "set engine.slack = 0, or take engine.schedule out",
             "engine.slack",
             "engine.schedule",
@@ -138,8 +110,8 @@ def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflic
 def _stage_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflict]:
     stages, cuts, lookaheads = recipe.partition.stages, recipe.partition.cuts, recipe.engine.schedule
     if cuts and "partition.stages" in given:
-        yield _conflict(
-            f"cannot be given together with partition.stages = {_shown(stages)}",
+        yield conflict(
+            f"cannot be given together with partition.stages = {shown(stages)}",
             "keep one of the two",
             "partition.cuts",
             "partition.stages",
@@ -148,7 +120,7 @@ def _stage_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflict
     num_stages = len(cuts) + 1 if cuts else stages
     if isinstance(lookaheads, tuple) and isinstance(num_stages, int) and len(lookaheads) != num_stages:
         source = "partition.cuts" if cuts else "partition.stages"
-        yield _conflict(
+        yield conflict(
             f"must have one lookahead per stage: it has {len(lookaheads)}, "
             f"but {source} makes {num_stages} stages",
             'give as many as there are stages, or use "tight" or "paper"',
@@ -163,13 +135,13 @@ def _process_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if engine.mode != "in-process":
         return
     asked = {
-        "schedule": f"{_shown(engine.schedule)} is an exact pipeline, which runs" * _is_exact(recipe),
+        "schedule": f"{shown(engine.schedule)} is an exact pipeline, which runs" * _is_exact(recipe),
         "replicas": f"{engine.replicas} replicas run" * (engine.replicas > 1),
         "devices": "stages with devices of their own run" * bool(engine.devices),
     }
     for key, what in asked.items():
         if what:
-            yield _conflict(
+            yield conflict(
                 f'{what} in several processes, but engine.mode is "in-process"',
                 f'set engine.mode = "auto", or take engine.{key} out',
                 f"engine.{key}",
@@ -182,7 +154,7 @@ def _device_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     # With a list of devices the single one has no effect.
     key, named = ("devices", engine.devices) if engine.devices else ("device", (engine.device,))
     if engine.backend == "nccl" and "cpu" in named:
-        yield _conflict(
+        yield conflict(
             f'"nccl" needs a GPU for every process, but engine.{key} has "cpu"',
             'set engine.backend = "gloo" or "auto"',
             "engine.backend",
@@ -195,7 +167,7 @@ def _device_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         product += f" / {per_process} per process" if per_process > 1 else ""
         product += f" x replicas({replicas})" if replicas > 1 else ""
         wanted = f"{places} (the same for every replica) or {places * replicas}" if replicas > 1 else places
-        yield _conflict(
+        yield conflict(
             f"{product} = {places * replicas} processes, but {given} devices are given",
             f"give {wanted}, in the order of the stages; several may be the same",
             "engine.devices",
@@ -209,7 +181,7 @@ def _pipeline_warnings(recipe: Recipe) -> Iterator[Problem]:
     if _is_exact(recipe) and recipe.method.accumulation == 1:
         yield Problem(
             "method.accumulation",
-            f"1 makes {_shown(recipe.engine.schedule)} plain model parallelism: "
+            f"1 makes {shown(recipe.engine.schedule)} plain model parallelism: "
             "a pipeline of one microbatch, in which one stage works at a time",
             "set method.accumulation to a few times the number of stages",
         )
@@ -253,28 +225,19 @@ def _rate_warnings(recipe: Recipe, given: frozenset[str]) -> Iterator[Problem]:
         yield Problem("training.lr_decay", what, 'set training.milestones, or choose "cosine"')
 
 
-def _idle_model_and_data(recipe: Recipe) -> Iterator[IdleKey]:
-    model, data = recipe.model, recipe.data
-    name = f"model.name = {_shown(model.name)}"
+def _idle_model(recipe: Recipe) -> Iterator[IdleKey]:
+    model = recipe.model
+    name = f"model.name = {shown(model.name)}"
     user_made = is_import_path(model.name)
     if model.name != "revnet-iso" and not user_made:
         yield IdleKey("model.depth", name, "revnet-iso")
     if not user_made:
         yield IdleKey("model.arguments", name, '"package.module:function"')
-    data_name = f"data.name = {_shown(data.name)}"
-    if data.name != "fake":
-        for key in ("image_size", "channels", "classes", "fake_samples"):
-            yield IdleKey(f"data.{key}", data_name, '"fake"')
-    else:
-        yield IdleKey("data.augment", data_name, "real images")
-    if data.name in DATASETS_WITHOUT_FILES:
-        for key in ("train", "val"):
-            yield IdleKey(f"data.{key}", data_name, '"cifar10" and "cifar100"')
 
 
 def _idle_method_and_partition(recipe: Recipe) -> Iterator[IdleKey]:
     method, partition, engine = recipe.method, recipe.partition, recipe.engine
-    name = f"method.name = {_shown(method.name)}"
+    name = f"method.name = {shown(method.name)}"
     if method.name != "delayed":
         yield IdleKey("method.keep", name, '"delayed"')
     if method.name == "backprop":
@@ -289,7 +252,7 @@ def _idle_method_and_partition(recipe: Recipe) -> Iterator[IdleKey]:
     if method.name in LOCKED_METHODS:
         yield IdleKey("engine.slack", name, '"petra" and "delayed"')
     elif engine.schedule not in ("auto", "tight"):
-        yield IdleKey("engine.slack", f"engine.schedule = {_shown(engine.schedule)}", '"tight"')
+        yield IdleKey("engine.slack", f"engine.schedule = {shown(engine.schedule)}", '"tight"')
 
 
 def _idle_engine(recipe: Recipe) -> Iterator[IdleKey]:
@@ -297,20 +260,23 @@ def _idle_engine(recipe: Recipe) -> Iterator[IdleKey]:
     if engine.mode == "in-process":
         for key in ("backend", "stall_timeout"):
             yield IdleKey(f"engine.{key}", 'engine.mode = "in-process"', "several processes")
+    if engine.schedule != "least":
+        schedule = f"engine.schedule = {shown(engine.schedule)}"
+        yield IdleKey("engine.lookahead", schedule, '"least" (give lookaheads of your own as the schedule)')
     if engine.devices:
         yield IdleKey("engine.device", "engine.devices", "recipes without engine.devices")
     if _is_exact(recipe):
         for key in ("wire_dtype", "wire_dtype_backward"):
             yield IdleKey(
                 f"engine.{key}",
-                f"engine.schedule = {_shown(engine.schedule)}",
+                f"engine.schedule = {shown(engine.schedule)}",
                 "the other schedules (an exact pipeline sends what it computes)",
             )
 
 
 def _idle_optimizer(recipe: Recipe) -> Iterator[IdleKey]:
     optimizer = recipe.optimizer
-    name = f"optimizer.name = {_shown(optimizer.name)}"
+    name = f"optimizer.name = {shown(optimizer.name)}"
     used_by = {"momentum": ("sgd", "lars"), "nesterov": ("sgd", "lars"), "betas": ("adamw",)}
     for key, users in used_by.items():
         # A class of the user's takes what its constructor names, which only building it can tell.
@@ -324,7 +290,7 @@ def _idle_optimizer(recipe: Recipe) -> Iterator[IdleKey]:
 
 def _idle_training_and_tracking(recipe: Recipe) -> Iterator[IdleKey]:
     training = recipe.training
-    decay = f"training.lr_decay = {_shown(training.lr_decay)}"
+    decay = f"training.lr_decay = {shown(training.lr_decay)}"
     if training.lr_decay != "multi-step":
         yield IdleKey("training.milestones", decay, '"multi-step"')
         yield IdleKey("training.decay_factor", decay, '"multi-step"')
@@ -335,9 +301,3 @@ def _idle_training_and_tracking(recipe: Recipe) -> Iterator[IdleKey]:
     if not recipe.tracking.mlflow:
         for key in ("uri", "experiment", "run_name"):
             yield IdleKey(f"tracking.{key}", "tracking.mlflow = false", "tracking.mlflow = true")
-
-
-def _shown(value: str | int | tuple[int, ...] | tuple[str, ...]) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_shown(item) for item in value)}]"
-    return f'"{value}"' if isinstance(value, str) else str(value)

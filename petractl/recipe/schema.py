@@ -27,8 +27,20 @@ MODEL_NAMES = (
     "resnet101",
     "revnet-iso",
 )
-DATASET_NAMES = ("digits", "cifar10", "cifar100", "fake")
+DATASET_NAMES = (
+    "digits",
+    "cifar10",
+    "cifar100",
+    "fashion-mnist",
+    "imagenet32",
+    "imagenet",
+    "shards",
+    "fake",
+)
 DATASETS_WITHOUT_FILES = ("digits", "fake")
+PHOTOGRAPH_DATASETS = ("imagenet", "shards")  # read and decoded as they are needed, the others once
+DOWNLOADABLE_DATASETS = ("cifar10", "cifar100", "fashion-mnist")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 METHOD_NAMES = ("petra", "delayed", "reversible", "backprop")
 LOCKED_METHODS = ("reversible", "backprop")
 OPTIMIZER_NAMES = ("sgd", "adamw", "lars")
@@ -36,10 +48,12 @@ EXACT_SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble")
 STAGES_PER_PROCESS = {"interleaved-1f1b": 2}  # every other schedule gives a stage a process of its own
 SCHEDULE_NAMES = ("auto", "tight", "paper", "least", "sequential", *EXACT_SCHEDULE_NAMES)
 STAGE_RULES = ("auto", "units")
+MAX_WORKERS = 256
 
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d*))?")
 _ONE_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
+_ENTRY = re.compile(r"[^\s./\\]+(\.[^\s./\\]+)*")
 _EPOCH_INTERVAL = re.compile(r"([1-9]\d*) epochs?")
 
 
@@ -91,6 +105,28 @@ def _source(value: Any) -> Any:
     raise _wrong("must be a path (string) or a list of paths")
 
 
+def _entry(name: str) -> str:
+    if _ENTRY.fullmatch(name) is None:
+        raise _wrong('must be the end of a name in a shard without the first point, such as "cls"')
+    return name.lower()
+
+
+def _image_entries(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise _wrong("must name at least one ending")
+    for name in names:
+        if _entry(name).rpartition(".")[2] not in IMAGE_SUFFIXES:
+            known = ", ".join(f'"{suffix}"' for suffix in IMAGE_SUFFIXES)
+            raise _wrong(f'must hold names that end in {known}, and "{name}" does not')
+    return tuple(name.lower() for name in names)
+
+
+def _workers(value: Any) -> Any:
+    if value == "auto" or (_is_whole(value) and 0 <= value <= MAX_WORKERS):
+        return value
+    raise _wrong(f'must be "auto" or a whole number from 0 to {MAX_WORKERS}', choices=("auto",))
+
+
 def _stages(value: Any) -> Any:
     if (_is_whole(value) and value >= 1) or (isinstance(value, str) and value in STAGE_RULES):
         return value
@@ -118,6 +154,12 @@ def _schedule(value: Any) -> Any:
     if any(b > a for a, b in pairwise(value)):
         raise _wrong("must not increase from one stage to the next")
     return tuple(value)
+
+
+def _lookahead(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)) or isinstance(value, str):
+        raise _wrong("must be a list with one lookahead per stage, or empty")
+    return _schedule(value) if value else ()
 
 
 def _milestones(milestones: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,29 +218,55 @@ class DataSection(_Section):
     """The data."""
 
     name: Annotated[str, AfterValidator(_dataset_name)] = "digits"
-    """A name from `petractl ls datasets`; "digits" needs no download."""
+    """A name from `petractl ls datasets`; "digits" needs no download, "shards" is any set in shards."""
     train: Annotated[str | tuple[str, ...], BeforeValidator(_source)] = ""
-    """Training data: folder, path, brace pattern ("train-{00..04}.tar") or list; empty = data/<name>."""
+    """Training data: folder, path, brace pattern ("train-{00..04}.tar"), URL or list; empty = data/<name>."""
     val: Annotated[str | tuple[str, ...], BeforeValidator(_source)] = ""
-    """Test data, given like `train`; empty = data/<name>."""
+    """Test data, given like `train`; empty = in the folder of `train`, or data/<name>."""
+    download: bool = False
+    """Download the set into data/<name> where it is missing: cifar10, cifar100, fashion-mnist."""
     batch_size: int = Field(default=64, ge=1)
     """Samples per microbatch; an update averages batch_size x method.accumulation x replicas samples."""
     eval_batch_size: int = Field(default=0, ge=0)
     """Samples per batch in evaluation; 0 = batch_size, but at least 256."""
     steps_per_epoch: int = Field(default=0, ge=0)
     """Microbatches per epoch and replica; 0 = one pass over the training data, shared by the replicas."""
-    workers: int = Field(default=0, ge=0, le=256)
-    """Threads that prepare data in the background; 0 = none. The data are the same, whatever the number."""
-    augment: bool = True
-    """Augment training images: random crop and flip, as far as they suit the data."""
     drop_last: bool = False
     """Leave out the last microbatch of an epoch where it is not full."""
+    workers: Annotated[int | str, BeforeValidator(_workers)] = "auto"
+    """Processes (sets in memory: threads) that prepare data; "auto" = as needed. The data stay the same."""
+    resident: bool = False
+    """Keep all images, decoded once, on the training device and augment them there; for sets that fit."""
+    shuffle_buffer: int = Field(default=10_000, ge=0)
+    """Places that shuffling moves a sample at most, in shards in random order; 0 = the whole set."""
+    augment: bool = True
+    """Augment training images: random crop and flip, as far as they suit the data."""
+    crop: Literal["auto", "random-resized", "pad"] = "auto"
+    """Random crop: of a random size, resized; or "pad" by 4, as CIFAR; "auto" = "pad" for images up to 64."""
+    crop_scale: float = Field(default=0.08, gt=0, le=1)
+    """Smallest share of a photograph's area that "random-resized" crops."""
     image_size: int = Field(default=0, ge=0)
-    """Side of fake images; 0 = 32."""
+    """Side of a photograph after the crop, or of a fake image; 0 = 224, fake: 32."""
+    resize: int = Field(default=0, ge=0)
+    """Length of a photograph's short side before the centre crop of evaluation; 0 = image_size x 256/224."""
+    decoder: Literal["auto", "pillow", "torchvision"] = "auto"
+    """What decodes photographs; "auto" = the one measured to be the fastest."""
+    image_entries: Annotated[tuple[str, ...], AfterValidator(_image_entries)] = IMAGE_SUFFIXES
+    """Endings of the images in shards; nothing else is decoded."""
+    label_entry: Annotated[str, AfterValidator(_entry)] = "cls"
+    """Ending of the labels in shards: whole numbers from 0, as text."""
+    classes: int = Field(default=0, ge=0)
+    """Number of classes of shards or fake data; 0 = as their index says, imagenet: 1000, fake: 10."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A sample that cannot be read stops the run, or is left out, counted and named ("skip")."""
+    max_skipped: int = Field(default=100, ge=0)
+    """Samples that a run may leave out before it stops all the same."""
+    cache: str = ""
+    """Folder of unpacked and downloaded shards; empty = petractl/shards in $XDG_CACHE_HOME or ~/.cache."""
+    allow_pipe: bool = False
+    """Run "pipe:command" places in a shell. Only with recipes that you trust: it runs any command."""
     channels: int = Field(default=0, ge=0)
     """Channels of fake images; 0 = 3."""
-    classes: int = Field(default=0, ge=0)
-    """Number of classes of fake data; 0 = 10."""
     fake_samples: int = Field(default=1024, ge=4)
     """Number of fake training images."""
 
@@ -234,6 +302,8 @@ class EngineSection(_Section):
     """Where stages live: all "in-process", or one process each ("processes"); "auto" = as the rest needs."""
     schedule: Annotated[str | tuple[int, ...], BeforeValidator(_schedule)] = "auto"
     """Forwards ahead: "auto", "tight", "paper", "least", "sequential", a list; exact: "gpipe", "1f1b" ..."""
+    lookahead: Annotated[tuple[int, ...], BeforeValidator(_lookahead)] = ()
+    """What "least" has chosen, written to resolved.toml for a resumed run to keep; empty = to be chosen."""
     slack: int = Field(default=0, ge=0)
     """Extra forwards ahead of "tight", to hide latency; every one of them adds staleness."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
@@ -354,10 +424,10 @@ class Recipe(_Section):
         chosen = PartitionSection(cuts=tuple(cuts)) if cuts else PartitionSection(stages=1)
         return self.model_copy(update={"partition": chosen})
 
-    def with_schedule(self, lookahead: Sequence[int]) -> "Recipe":
-        """Return the recipe with the lookaheads that were chosen, in place of the rule that chose them."""
+    def with_lookahead(self, lookahead: Sequence[int]) -> "Recipe":
+        """Return the recipe with the lookaheads that "least" has chosen; () to have them chosen again."""
         return self.model_copy(
-            update={"engine": self.engine.model_copy(update={"schedule": tuple(lookahead)})}
+            update={"engine": self.engine.model_copy(update={"lookahead": tuple(lookahead)})}
         )
 
     def with_mode(self, mode: Literal["in-process", "processes"]) -> "Recipe":

@@ -30,6 +30,7 @@ from petractl.events import (
     RunFinished,
     RunInterrupted,
     RunStarted,
+    SamplesSkipped,
     StageCounted,
     StageMeasured,
     StepsDone,
@@ -41,7 +42,8 @@ from petractl.tracking.plots import CURVES_NAME
 
 TIMELINE_NAME = "plots/timeline.png"  # of a run with a trace
 
-_NARROW = 100  # columns; a terminal with fewer gets no bar
+_NARROW = 100  # columns; a terminal with fewer gets fewer facts
+_BAR_FROM = 116  # columns; a terminal with fewer gets no bar
 
 
 class ConsoleListener:
@@ -113,6 +115,9 @@ class ConsoleListener:
                 self._checkpoints["last"] = event
                 if event.best:
                     self._checkpoints["best"] = event
+            case SamplesSkipped():
+                for line in report.skipped_lines(event):
+                    self._say(line, style="yellow")
             case WarningRaised():
                 self._say(f"warning: {event.message}", style="yellow")
                 if event.hint:
@@ -303,7 +308,7 @@ class RemainingTime:
 
 def _live_line(console: Console) -> Progress:
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False)]
-    if console.width >= _NARROW:
-        columns.append(BarColumn(bar_width=min(30, console.width - _NARROW + 5)))
+    if console.width >= _BAR_FROM:
+        columns.append(BarColumn(bar_width=min(30, console.width - _BAR_FROM + 5)))
     columns.append(TextColumn("{task.fields[facts]}", markup=False))
     return Progress(*columns, console=console, auto_refresh=False, transient=True)

@@ -108,6 +108,7 @@ def _draw(
     sampled = f"   ({len(rows)} of {every} shown)" if every > len(rows) else ""
     axes.set_title(timeline.title + sampled, fontsize=12, loc="left")
     shown = [span for span in timeline.spans if span.row in place and span.end_s > span.start_s]
+    least = _MIN_EDGED_PT / points_per_unit
     for kind, look in _LOOKS.items():
         for row in rows:
             boxes = [
@@ -115,18 +116,11 @@ def _draw(
                 for span in shown
                 if span.kind == kind and span.row == row
             ]
-            axes.broken_barh(
-                boxes,
-                (place[row] - 0.42, 0.84),
-                facecolor=look.colour,
-                edgecolor="white",
-                hatch=look.hatch,
-                # White edges would drown what is narrow.
-                linewidth=0.6 if boxes and points_per_unit * boxes[0][1] > _MIN_EDGED_PT else 0.0,
-                zorder=2,
-            )
+            _bars(axes, boxes, place[row], look, least=least)
+    digits = len(str(max((span.microbatch for span in shown), default=0)))
+    least_width = max(_MIN_BOX_PT, _DIGIT_PT * digits) / points_per_unit
     for span in shown:
-        _number(axes, span, place[span.row], start_s=start_s, unit=unit, points_per_unit=points_per_unit)
+        _number(axes, span, place[span.row], start_s=start_s, unit=unit, least_width=least_width)
     several = any(span.place is not None for span in timeline.spans)
     axes.set_yticks(range(len(rows)), [str(row) for row in rows])
     axes.set_ylabel("process" if several else "stage", fontsize=11)
@@ -137,12 +131,40 @@ def _draw(
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _number(axes: "Axes", span: Span, y: int, *, start_s: float, unit: float, points_per_unit: float) -> None:
-    """Write the microbatch into a box that has room for it."""
+def _bars(axes: "Axes", boxes: Sequence[tuple[float, float]], y: int, look: _Look, *, least: float) -> None:
+    """Draw (start, width) boxes; those narrower than `least` without what would drown them."""
+    if boxes and min(width for _, width in boxes) < least:
+        boxes = _joined(boxes)
+    for is_wide in (True, False):
+        axes.broken_barh(
+            [box for box in boxes if (box[1] >= least) == is_wide],
+            (y - 0.42, 0.84),
+            facecolor=look.colour,
+            edgecolor="white",
+            hatch=look.hatch if is_wide else "",
+            linewidth=0.6 if is_wide else 0.0,
+            zorder=2,
+        )
+
+
+def _joined(boxes: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return (start, width) of what narrow boxes make where they touch."""
+    result: list[tuple[float, float]] = []
+    for start, width in boxes:
+        if result and start <= sum(result[-1]) + 1e-6 * width:
+            begin = result[-1][0]
+            result[-1] = (begin, start + width - begin)
+        else:
+            result.append((start, width))
+    return result
+
+
+def _number(axes: "Axes", span: Span, y: int, *, start_s: float, unit: float, least_width: float) -> None:
+    """Write the microbatch into a box that has room for every one of them."""
     width = (span.end_s - span.start_s) / unit
     text = str(span.microbatch)
     look = _LOOKS.get(span.kind)
-    if look is None or span.kind == "U" or width * points_per_unit < max(_MIN_BOX_PT, _DIGIT_PT * len(text)):
+    if look is None or span.kind == "U" or width < least_width:
         return
     middle = (span.start_s - start_s) / unit + width / 2
     back = {"boxstyle": "square,pad=0.12", "facecolor": look.colour, "edgecolor": "none"}

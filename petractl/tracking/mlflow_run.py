@@ -26,7 +26,9 @@ from petractl.events import (
     RunFinished,
     RunInterrupted,
     RunStarted,
+    SamplesSkipped,
     StageMeasured,
+    StepsDone,
 )
 from petractl.tracking.masking import mask_credentials
 
@@ -70,7 +72,7 @@ class TrackingSettings:
 
 @dataclass(frozen=True, slots=True)
 class MetricPoint:
-    """One value of one metric; `step` is the epoch, `time_ms` counts from 1970."""
+    """One value of one metric; `step` is the epoch (under "steps/" the update), `time_ms` is since 1970."""
 
     key: str
     value: float
@@ -213,6 +215,10 @@ def _metrics(record: dict[str, object]) -> tuple[int, dict[str, object]]:
             values = {f"train/{key}": record[key] for key in ("loss", "top1", "seconds")}
             others = ("images_per_s", "lr", "update", "data_wait_percent")
             return epoch, values | {key: record[key] for key in others}
+        case {"event": StepsDone.name, "update": int(update)}:
+            return update, {"steps/data_wait_percent": record.get("data_wait_percent")}
+        case {"event": SamplesSkipped.name, "epoch": int(epoch)}:
+            return epoch, {"samples_skipped": record["count"]}
         case {"event": Evaluated.name, "epoch": int(epoch)}:
             return epoch, {f"{record['split']}/{key}": record[key] for key in ("loss", "top1", "top5")}
         case {"event": StageMeasured.name, "epoch": int(epoch), "stage": int(), "replica": int()}:

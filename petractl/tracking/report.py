@@ -15,6 +15,7 @@ from petractl.events import (
     PlanMade,
     RunFinished,
     RunStarted,
+    SamplesSkipped,
     StageCounted,
     StageMeasured,
     StepsDone,
@@ -130,13 +131,17 @@ def epoch_line(
     evaluations: Sequence[Evaluated] = (),
     measured: Sequence[StageMeasured] = (),
 ) -> str:
-    """Return the line that is kept for an epoch, with the range of what its stages were idle if measured."""
+    """Return the line that is kept for an epoch.
+
+    With what its stages were idle, the range of it, and how long it waited for data, if measured.
+    """
     parts = [epoch_label(trained.epoch, epochs), f"loss {trained.loss:.3f}", f"top-1 {trained.top1:.1f} %"]
     parts += [f"{evaluated.split} top-1 {evaluated.top1:.1f} %" for evaluated in evaluations]
     parts.append(_speed(trained.images_per_s))
     idle = [stage.idle_percent for stage in measured if stage.idle_percent is not None]
     if idle:
         parts.append(f"idle {_range(min(idle), max(idle))} %")
+    parts += _data_wait(trained.data_wait_percent)
     parts.append(f"lr {trained.lr:.4g}")
     return "  ".join(parts)
 
@@ -147,14 +152,21 @@ def progress_line(steps: StepsDone, epochs: int, eta_s: float | None) -> str:
 
 
 def progress_fields(steps: StepsDone, eta_s: float | None, *, narrow: bool = False) -> tuple[str, ...]:
-    """Return microbatches, loss, top-1, speed and time to go; `narrow` leaves out a word."""
+    """Return microbatches, loss, top-1, speed, data wait and time to go; `narrow` leaves out what it can."""
     return (
         f"{steps.microbatches:,}/{steps.of:,}" + ("" if narrow else " microbatches"),
         f"loss {steps.loss:.3f}",
         f"top-1 {steps.top1:.1f} %",
         _speed(steps.images_per_s),
+        *([] if narrow else _data_wait(steps.data_wait_percent)),
         f"{duration(eta_s)} left" if eta_s is not None else "",
     )
+
+
+def skipped_lines(skipped: SamplesSkipped) -> list[str]:
+    """Return what was left out, a line for each sample that is named."""
+    head = f"epoch {skipped.epoch}: {many(skipped.count, 'bad sample')} left out"
+    return [head, *(f"  {sample}" for sample in skipped.samples)]
 
 
 def epoch_label(epoch: int, epochs: int) -> str:
@@ -328,6 +340,10 @@ def size(num_bytes: float) -> str:
 
 def _range(least: float, most: float) -> str:
     return f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
+
+
+def _data_wait(percent: float | None) -> list[str]:
+    return [] if percent is None else [f"data wait {percent:.0f} %"]
 
 
 def _short(value: float) -> str:

@@ -179,6 +179,16 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "checkpoint-0": (toml(run='checkpoint_every = "0 epochs"'), ["run.checkpoint_every", "number of epochs"]),
     "directory-empty": (toml(run='directory = ""'), ["run.directory: must not be empty"]),
     "paths-empty": (toml(data='name = "cifar10"\ntrain = []'), ["data.train", "a list of paths"]),
+    "workers-word": (toml(data='workers = "many"'), ["data.workers", '"auto" or a whole number from 0']),
+    "workers-negative": (toml(data="workers = -1"), ["data.workers", "from 0 to 256, not -1"]),
+    "image-entries-unknown": (toml(data='image_entries = ["gif"]'), ["data.image_entries", '"png"', '"gif"']),
+    "image-entries-empty": (toml(data="image_entries = []"), ["data.image_entries", "at least one"]),
+    "label-entry-dot": (toml(data='label_entry = ".cls"'), ["data.label_entry", "without the first point"]),
+    "unknown-crop": (toml(data='crop = "random"'), ["data.crop", '"random-resized"', '"pad"']),
+    "crop-scale-0": (toml(data="crop_scale = 0"), ["data.crop_scale: must be more than 0, not 0"]),
+    "unknown-decoder": (toml(data='decoder = "pilow"'), ["data.decoder", "did you mean pillow?"]),
+    "on-error-unknown": (toml(data='on_error = "ignore"'), ["data.on_error", '"stop" or "skip"']),
+    "max-skipped-negative": (toml(data="max_skipped = -1"), ["data.max_skipped: must be at least 0"]),
     "lookaheads-increase": (toml(engine="schedule = [1, 2, 0]"), ["engine.schedule", "must not increase"]),
     "lookaheads-end": (toml(engine="schedule = [2, 1]"), ["engine.schedule", "must end with 0"]),
     "lookaheads-negative": (toml(engine="schedule = [-1, 0]"), ["engine.schedule", "at least 0"]),
@@ -234,6 +244,14 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         ["engine.schedule", "it has 2", "partition.stages makes 3 stages"],
     ),
     "arguments-for-the-zoo": (model("arguments = { x = 1 }"), ["model.arguments", "package.module:function"]),
+    "resize-below-image-size": (
+        toml(data='name = "shards"\nimage_size = 64\nresize = 48'),
+        ["data.resize", "48", "64 (data.image_size)"],
+    ),
+    "resident-random-resized": (
+        toml(data='name = "shards"\nresident = true\ncrop = "random-resized"'),
+        ["data.crop", "data.resident = true", '"pad"'],
+    ),
     "paths-for-digits": (toml(data='name = "digits"\ntrain = "here"'), ["data.train", "reads no files"]),
 }
 
@@ -252,6 +270,23 @@ BROKEN_WHEN_BUILT: dict[str, tuple[str, list[str]]] = {
     ),
     "no-data-folder": (toml(data='name = "cifar10"\ntrain = "nowhere"\nval = "nowhere"'), ["nowhere"]),
     "no-default-data-folder": (toml(data='name = "cifar10"'), ["data/cifar10"]),
+    "no-imagenet": (
+        toml(data='name = "imagenet"'),
+        ["data.train", "ILSVRC2012_img_train.tar"],
+    ),
+    "no-imagenet32": (toml(data='name = "imagenet32"'), ["data.train", "Imagenet32_train.zip"]),
+    "no-fashion-mnist": (
+        toml(data='name = "fashion-mnist"'),
+        ["zalandoresearch/fashion-mnist"],
+    ),
+    "no-place-of-shards": (
+        toml(data='name = "shards"'),
+        ["data/shards", "petractl shards build"],
+    ),
+    "pipe-refused": (
+        toml(data='name = "shards"\nclasses = 2\ntrain = "pipe:cat a.tar"\nval = "pipe:cat b.tar"'),
+        ["data.train", "allow_pipe"],
+    ),
     "no-shards": (toml(data='name = "cifar10"\ntrain = "t-{00..02}.tar"\nval = "v.tar"'), ["t-00.tar"]),
     "no-weights-file": (
         model('width = 4\nweights = "nowhere.safetensors"'),

@@ -1,6 +1,7 @@
 """`petractl partition` from the command line."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -65,6 +66,32 @@ def test_the_table() -> None:
     assert 'schedule = "least": lookahead' in result.stdout
 
 
+def test_replicas_and_the_links_between_them(tmp_path: Path) -> None:
+    unknown = partition("--model", "revnet18", "--gpus", "4", "--flops", "--replicas", "2")
+    assert "the averaging of gradients is not in it" in unknown.stdout
+    slow = tmp_path / "slow.toml"
+    slow.write_text("tflops = 1\nlink_gb_per_s = 0.01\n")
+    known = partition("--model", "revnet18", "--gpus", "4", "--device-spec", str(slow), "--replicas", "2")
+    assert known.exit_code == 0, known.output
+    assert "not in it" not in known.stdout
+    free, paid = (found_rate(unknown.stdout), found_rate(known.stdout))
+    assert paid < free
+
+
+def found_rate(text: str) -> float:
+    (line,) = [line for line in text.splitlines() if "with 2 replicas" in line]
+    return float(line.split(" images/s, ")[1].split()[0].replace(",", ""))
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[model]\nname = "revnet18"\n[data]\n[method]\n')
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    result = partition("--model", "revnet18", "--gpus", "2", "--flops", "--write", str(path))
+    assert result.exit_code == 2
+    assert "no permission" in result.stderr
+
+
 def test_write(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text('# mine\n[model]\nname = "revnet34"\n[data]\n[method]\n[partition]\nstages = 4\n')
@@ -104,6 +131,23 @@ def test_devices_and_memory() -> None:
         (["--model", "revnet18", "--gpus", "2", "--device-spec", "gpu9"], "no device is called"),
         (["--model", "revnet18", "--gpus", "2", "--stem", "big"], 'there is no stem "big"'),
         (["--model", "revnet18", "--gpus", "2", "--write", "none.toml"], "no such recipe"),
+        (["--model", "revnet18", "--gpus", "2", "--write", "."], "is a folder"),
+        (["--model", "revnet18", "--gpus", "99999"], "at most 16,384"),
+        (["--model", "revnet18", "--gpus", "2", "--memory-gib", "inf"], "is no memory"),
+        (["--model", "revnet18", "--gpus", "2", "--memory-gib", "0.001"], "a device has 0 GiB"),
+        (["--model", "revnet18", "--gpus", "2", "--schedule", "99999999,0"], "ahead are too many"),
+        (["--model", "revnet18", "--gpus", "2", "--schedule", "gpipe"], 'petra does not run "gpipe"'),
+        (
+            ["--model", "revnet18", "--gpus", "2", "--method", "backprop", "--schedule", "tight"],
+            "runs no forward ahead",
+        ),
+        (["--model", "revnet18", "--gpus", "2", "--keep", "graph"], "petra has nothing to choose"),
+        (["--model", "revnet18", "--gpus", "2", "--depth", "9"], "has a depth of its own"),
+        (["--model", "revnet18", "--gpus", "2", "--fresh"], "measures nothing"),
+        (["--model", "revnet18", "--gpus", "2", "--threads", "2"], "measures nothing"),
+        (["--model", "revnet18", "--gpus", "2", "--device", "cpu"], "measures nothing"),
+        (["--model", "revnet18", "--gpus", "2", "--device-spec", "t4:0"], "is no number of devices"),
+        (["--model", "revnet18", "--gpus", "2", "--device-spec", "t4:3"], "3 devices are listed"),
     ],
 )
 def test_bad_input_is_one_clear_message(arguments: list[str], message: str) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from petractl import events
-from petractl.cli.app import COMMANDS, app
+from petractl.cli.app import COMMANDS, GROUPS, app
 from petractl.cli.ls import What
 from petractl.data import list_datasets
 from petractl.events import Event, StagePlan
@@ -123,7 +123,7 @@ def named_shards(command: Command) -> list[str]:
     values = [
         word.partition("=")[2] for word in command.arguments if word.startswith(("data.train=", "data.val="))
     ]
-    return [name for value in values for name in braceexpand(value)]
+    return [name for value in values for name in braceexpand(value) if name.endswith(".tar")]
 
 
 def write_shard(path: Path, *, samples: int = 16) -> None:
@@ -176,7 +176,7 @@ def test_the_commands_of_the_readme_run(folder: Path, capfd: pytest.CaptureFixtu
 
 def test_every_command_is_shown() -> None:
     shown = {command.arguments[0] for command in commands(README)}
-    assert shown == {command.name for command in COMMANDS}
+    assert shown == {each.name for each in (*COMMANDS, *GROUPS)}
 
 
 def test_the_files_of_the_readme_load_without_a_warning(folder: Path) -> None:
@@ -263,7 +263,7 @@ def test_the_docs_have_every_event_and_its_keys() -> None:
 
 def test_the_docs_have_every_key_that_may_change_on_resuming() -> None:
     text = DOCS["run-folder.md"].partition("## Checkpoints")[2].partition("\n## ")[0]
-    told = set(re.findall(r"`((?:partition|engine|training|run|tracking)\.[\w*]+)`", text)) - {
+    told = set(re.findall(r"`((?:data|partition|engine|training|run|tracking)\.[\w*]+)`", text)) - {
         "run.checkpoint_every"
     }
     known = {f"{key}*" if key.endswith(".") else key for key in RESUMABLE_KEYS} - {"run.checkpoint_every"}

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
@@ -439,3 +440,16 @@ def test_a_trace_tells_what_each_stage_did_when(tmp_path) -> None:
     assert len(operations) == 2 * 15 + 10
     assert all(event["dur"] >= 0 for event in operations)
     assert f"timeline         {folder / 'plots' / 'timeline.png'}" in result.stdout
+
+
+def test_least_is_chosen_again_for_other_stages_and_kept_for_the_same(tmp_path) -> None:
+    folder = tmp_path / "run"
+    least = sets(*SMALL, "training.epochs=1", "partition.stages=3", "engine.schedule=least")
+    assert call("run", "digits_revnet18", "--dir", str(folder), *least).exit_code == 0
+    chosen = tomli.loads((folder / "resolved.toml").read_text())["engine"]
+    assert (chosen["schedule"], len(chosen["lookahead"])) == ("least", 3)
+    assert call("resume", str(folder), *sets("training.epochs=2")).exit_code == 0
+    assert tomli.loads((folder / "resolved.toml").read_text())["engine"] == chosen
+    fewer = sets("training.epochs=3", "partition.stages=2")
+    assert call("resume", str(folder), *fewer).exit_code == 0
+    assert len(tomli.loads((folder / "resolved.toml").read_text())["engine"]["lookahead"]) == 2

@@ -4,13 +4,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from petractl import build
+from petractl.build.parts import data_request, num_workers
 from petractl.data import list_datasets
 from petractl.errors import RecipeError
 from petractl.methods.family import METHODS, method_names, method_spec
 from petractl.models.registry import list_models
 from petractl.optim import DECAYS, OPTIMIZERS
+from petractl.planning.message_cost import MessageCost
+from petractl.planning.times import Link
 from petractl.recipe import schema
 from petractl.recipe.load import LoadedRecipe, load_recipe
 
@@ -68,10 +72,43 @@ def test_cuts_and_lookaheads_by_measured_times_are_written_down() -> None:
     plan = build.check(load("partition.stages=3", "partition.balance=time", "engine.schedule=least"))
     assert len(plan.cuts) == 2
     assert plan.recipe.partition.cuts == plan.cuts
-    assert plan.recipe.engine.schedule == plan.lookahead
+    assert plan.recipe.engine.schedule == "least"
+    assert plan.recipe.engine.lookahead == plan.lookahead
     assert len(plan.lookahead) == 3
     assert plan.lookahead[-1] == 0
     assert list(plan.lookahead) == sorted(plan.lookahead, reverse=True)
+
+
+def test_lookaheads_once_chosen_are_kept() -> None:
+    chosen = ("partition.cuts=[4, 7]", "engine.schedule=least", "engine.lookahead=[7, 3, 0]")
+    assert build.check(load(*chosen)).lookahead == (7, 3, 0)
+    with pytest.raises(RecipeError, match="3 entries for 2 stages"):
+        build.check(load(*chosen[1:], "partition.cuts=[4]"))
+
+
+def test_least_counts_the_way_of_messages_between_processes(monkeypatch) -> None:
+    slow = MessageCost(link=Link(latency_s=0.1))
+    monkeypatch.setattr("petractl.planning.costing.measure_messages", lambda _: slow)
+    settings = ("partition.stages=3", "engine.schedule=least")
+    alone = build.check(load(*settings, "engine.mode=in-process")).lookahead
+    apart = build.check(load(*settings, "engine.mode=processes")).lookahead
+    assert alone[0] <= 2 < apart[1] < apart[0]
+
+
+@pytest.mark.parametrize("balance", ["time", "memory"])
+def test_cuts_for_a_run_are_those_of_the_planner(balance: str) -> None:
+    settings = ("partition.stages=4", f"partition.balance={balance}", "engine.mode=processes")
+    plan = build.check(load(*settings, "method.accumulation=2"))
+    assert len(plan.cuts) == 3
+    assert build.check(load(*settings, "method.accumulation=2")).cuts == plan.cuts, "times are cached"
+
+
+def test_no_stage_gets_more_than_its_gpu_holds(monkeypatch) -> None:
+    monkeypatch.setattr("petractl.build.measured._memory_bytes", lambda _: 2**20)
+    with pytest.raises(RecipeError) as raised:
+        build.check(load("partition.stages=4", "partition.balance=time", "engine.mode=processes"))
+    (problem,) = raised.value.problems
+    assert problem.what.startswith("no cut into 4 stages fits in the memory of cpu")
 
 
 def test_the_plan_says_what_each_stage_keeps() -> None:
@@ -121,3 +158,29 @@ def test_starting_weights_of_another_class_count_leave_the_head(tmp_path) -> Non
     built = build.build(build.check(load(f"model.weights={Path(tmp_path) / 'w.safetensors'}")))
     assert built.left_weights
     assert all(name.startswith("units.9.") for name in built.left_weights)
+
+
+def test_a_set_is_asked_only_for_what_it_has_a_use_for() -> None:
+    asked = data_request(load("data.image_size=99", "data.max_skipped=3", "data.resident=true").recipe)
+    assert asked == {"train": "", "val": "", "resident": True}
+    overrides = ["data.name=shards", "data.image_size=99", "data.on_error=skip", "data.max_skipped=3"]
+    asked = data_request(load(*overrides).recipe)
+    assert (asked["image_size"], asked["max_skipped"]) == (99, 3)
+    assert asked["image_entries"] == ("jpg", "jpeg", "png")
+    assert "fake_samples" not in asked
+
+
+@pytest.mark.parametrize(
+    ("workers", "decodes", "device", "expected"),
+    [("3", True, "cpu", 3), ("0", True, "cuda", 0), ("auto", True, "cpu", 0), ("auto", False, "cuda", 0)],
+)
+def test_how_many_workers(workers: str, decodes: bool, device: str, expected: int) -> None:
+    recipe = load(f"data.workers={workers}").recipe
+    assert num_workers(recipe, decodes=decodes, device=torch.device(device)) == expected
+
+
+def test_a_gpu_is_fed_by_the_cores_of_its_process() -> None:
+    recipe = load().recipe
+    alone = num_workers(recipe, decodes=True, device=torch.device("cuda"))
+    shared = num_workers(recipe, decodes=True, device=torch.device("cuda"), processes=1000)
+    assert 1 == shared <= alone <= 8

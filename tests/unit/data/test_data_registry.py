@@ -18,7 +18,8 @@ from petractl.errors import DataError
 
 
 def test_the_sets_there_are() -> None:
-    assert list_datasets() == ["cifar10", "cifar100", "digits", "fake"]
+    names = ["cifar10", "cifar100", "digits", "fake", "fashion-mnist", "imagenet", "imagenet32", "shards"]
+    assert list_datasets() == names
     assert all(len(dataset_summary(name)) > 20 for name in list_datasets())
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from petractl.data.loader import EvalLoader, TrainLoader
+from petractl.data.memory import MemorySamples
+from petractl.data.order import TrainOrder
 from petractl.data.preparation import Preparation, normalise
 from petractl.data.values import Batch, Samples
 
@@ -31,18 +33,22 @@ def _loader(
     replica: int = 0,
     replicas: int = 1,
 ) -> TrainLoader:
-    return TrainLoader(
-        samples,
-        preparation=_PREPARATION,
+    order = TrainOrder(
+        len(samples),
         batch_size=batch_size,
         seed=5,
-        workers=workers,
-        augment=augment,
         steps_per_epoch=steps_per_epoch,
         drop_last=drop_last,
         replica=replica,
         replicas=replicas,
     )
+    preparer = MemorySamples(samples, preparation=_PREPARATION, seed=5, augment=augment)
+    return TrainLoader(preparer, order=order, workers=workers)
+
+
+def _eval_loader(samples: Samples, **options: int) -> EvalLoader:
+    preparer = MemorySamples(samples, preparation=_PREPARATION, augment=False)
+    return EvalLoader(preparer, samples=len(samples), **options)
 
 
 def _assert_same(left: Iterable[Batch], right: Iterable[Batch]) -> None:
@@ -160,7 +166,7 @@ def test_wait_s_counts_the_waiting_and_not_the_use(samples: Samples, workers: in
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 13, 26, 53, 100])
 def test_evaluation_sees_every_sample_once_in_order(samples: Samples, batch_size: int, workers: int) -> None:
-    loader = EvalLoader(samples, preparation=_PREPARATION, batch_size=batch_size, workers=workers)
+    loader = _eval_loader(samples, batch_size=batch_size, workers=workers)
     expected = torch.from_numpy(normalise(samples.images, mean=_PREPARATION.mean, std=_PREPARATION.std))
     for _ in range(2):
         batches = list(loader)
@@ -174,10 +180,9 @@ def test_evaluation_sees_every_sample_once_in_order(samples: Samples, batch_size
 
 @pytest.mark.parametrize("replicas", [2, 3, 9])
 def test_replicas_evaluate_every_sample_once(samples: Samples, replicas: int) -> None:
-    whole = list(EvalLoader(samples, preparation=_PREPARATION, batch_size=8))
+    whole = list(_eval_loader(samples, batch_size=8))
     loaders = [
-        EvalLoader(samples, preparation=_PREPARATION, batch_size=8, replica=replica, replicas=replicas)
-        for replica in range(replicas)
+        _eval_loader(samples, batch_size=8, replica=replica, replicas=replicas) for replica in range(replicas)
     ]
     for replica, loader in enumerate(loaders):
         assert len(loader) == len(whole[replica::replicas])
@@ -187,7 +192,7 @@ def test_replicas_evaluate_every_sample_once(samples: Samples, replicas: int) ->
 
 
 def test_batches_share_no_memory_with_the_set(samples: Samples) -> None:
-    loader = EvalLoader(samples, preparation=_PREPARATION, batch_size=53)
+    loader = _eval_loader(samples, batch_size=53)
     batch = next(iter(loader))
     batch.labels.zero_()
     batch.images.zero_()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from petractl.data.shards import count_samples, expand_place, is_shard, listing, read_shard
+from petractl.data.places import is_shard, listing
+from petractl.data.shards import count_samples, expand_place, read_shard
 from petractl.data.values import UNKNOWN
 from petractl.errors import DataError
 

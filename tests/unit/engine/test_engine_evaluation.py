@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from petractl.data.normalisation import Normalisation
+from petractl.data.preparation import normalise
 from petractl.engine.evaluation import Placement, evaluate
 from petractl.models.units import Network
 
@@ -17,6 +19,7 @@ CPU = Placement(torch.device("cpu"), torch.contiguous_format)
 class Batch:
     images: Tensor
     labels: Tensor
+    normalisation: Normalisation | None = None
 
 
 def make_network() -> Network:
@@ -78,3 +81,13 @@ def test_lower_precision_gives_scores_in_full():
     full = evaluate(make_network(), batches(64), placement=CPU)
     assert low.loss == pytest.approx(full.loss, rel=0.05)
     assert low.loss != full.loss
+
+
+def test_bytes_are_normalised_where_the_net_is():
+    how = Normalisation((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    placement = Placement(torch.device("cpu"), torch.channels_last)
+    placed = placement.images(Batch(images, torch.zeros(5), how))
+    assert placed.is_contiguous(memory_format=torch.channels_last)
+    expected = normalise(images.numpy(), mean=how.mean, std=how.std)
+    assert torch.equal(placed, torch.from_numpy(expected)), "the bits of the loader in memory"

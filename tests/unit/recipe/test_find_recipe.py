@@ -13,6 +13,14 @@ NAMES = [
     "cifar10_revnet34",
     "cifar10_revnet50",
     "digits_revnet18",
+    "imagenet32_revnet18",
+    "imagenet32_revnet34",
+    "imagenet32_revnet50",
+    "imagenet_resnet50",
+    "imagenet_revnet18",
+    "imagenet_revnet34",
+    "imagenet_revnet50",
+    "imagenette_revnet18",
 ]
 
 

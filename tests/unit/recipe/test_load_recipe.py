@@ -101,6 +101,13 @@ def test_lookaheads_must_match_the_stages(tmp_path) -> None:
         ("data", "fake_samples = 64", "data.fake_samples"),
         ("data", "image_size = 8", "data.image_size"),
         ("data", 'name = "fake"\naugment = true', "data.augment"),
+        ("data", 'name = "cifar10"\ncrop = "pad"', "data.crop"),
+        ("data", 'name = "imagenet32"\ndownload = true', "data.download"),
+        ("data", 'name = "cifar10"\ntrain = "x"\ndownload = true', "data.download"),
+        ("data", 'name = "shards"\ncrop = "pad"\ncrop_scale = 0.5', "data.crop_scale"),
+        ("data", 'name = "shards"\nresident = true\nshuffle_buffer = 9', "data.shuffle_buffer"),
+        ("data", 'name = "shards"\naugment = false\ncrop = "pad"', "data.crop"),
+        ("data", 'name = "imagenet"\nmax_skipped = 9', "data.max_skipped"),
         ("method", 'name = "backprop"\nbn_statistics = "forward"', "method.bn_statistics"),
         ("method", 'name = "delayed"\nbn_statistics = "forward"', "method.bn_statistics"),
         ("partition", 'cuts = [3]\nbalance = "uniform"', "partition.balance"),
@@ -138,6 +145,27 @@ def test_settings_that_matter_give_no_warning(tmp_path) -> None:
         optimizer='name = "my.optim:Class"\nbetas = [0.9, 0.99]\nmomentum = 0.5\narguments = { eps = 1e-8 }',
         training='lr_decay = "multi-step"\nmilestones = [3, 9]\ndecay_factor = 0.2\nwarmup_epochs = 10',
     )
+
+
+def test_keys_of_photographs_give_no_warning(tmp_path) -> None:
+    keys = [
+        'name = "shards"',
+        "classes = 7",
+        "image_size = 64",
+        "resize = 80",
+        "crop_scale = 0.3",
+        "workers = 2",
+    ]
+    keys += [
+        'on_error = "skip"',
+        "max_skipped = 9",
+        "allow_pipe = true",
+        'cache = "here"',
+        "shuffle_buffer = 0",
+    ]
+    keys += ['image_entries = ["JPG"]', 'label_entry = "cls"', 'decoder = "pillow"', 'train = ["a", "b"]']
+    assert not warnings(tmp_path, data="\n".join(keys))
+    assert not warnings(tmp_path, data='name = "fashion-mnist"\ndownload = true\nresident = true')
 
 
 def test_slack_does_nothing_for_a_locked_method(tmp_path) -> None:

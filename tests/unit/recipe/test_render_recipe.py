@@ -47,6 +47,11 @@ RECIPES = st.fixed_dictionaries(
                 "train": st.one_of(TEXT, st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)),
                 "augment": st.booleans(),
                 "image_size": st.integers(0, 300),
+                "workers": st.one_of(st.just("auto"), st.integers(0, 256)),
+                "resident": st.booleans(),
+                "image_entries": st.lists(
+                    st.sampled_from(["jpg", "PNG", "left.jpeg"]), min_size=1, max_size=3
+                ),
             },
         ).filter(lambda data: not (data["name"] in DATASETS_WITHOUT_FILES and data.get("train"))),
         "method": section(

@@ -12,6 +12,7 @@ from petractl.events import (
     RunFailed,
     RunInterrupted,
     RunStarted,
+    SamplesSkipped,
     StepsDone,
     WarningRaised,
 )
@@ -168,6 +169,11 @@ def test_an_interrupted_run_says_what_is_saved(tmp_path, saved_by):
     else:
         events = [RunStarted("x", "digits", "petra", "revnet18", "digits", 2), interrupted]
     assert "interrupted in epoch 3; the checkpoint of epoch 2 stands\n" in show(events)[0]
+
+
+def test_what_was_left_out_is_told(tmp_path):
+    err, _ = show([*make_run(tmp_path), SamplesSkipped(3, 1, ("a.tar: 7: no label",))])
+    assert "epoch 3: 1 bad sample left out\n  a.tar: 7: no label\n" in err
 
 
 def test_a_failed_run_has_no_summary(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tracking_events import make_end, make_measured, make_plan, make_process_plan, make_run
 
-from petractl.events import RunFailed, RunInterrupted, RunStarted, StepsDone, as_record
+from petractl.events import RunFailed, RunInterrupted, RunStarted, SamplesSkipped, StepsDone, as_record
 from petractl.tracking.mlflow_run import (
     MetricPoint,
     create_sqlite_store,
@@ -58,6 +58,17 @@ def test_what_a_stage_did_not_measure_is_no_metric():
 
 def test_progress_within_an_epoch_is_no_metric():
     assert metric_points(as_record(StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7), time=0.0)) == []
+    old = as_record(StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7), time=0.0)
+    del old["data_wait_percent"]
+    assert metric_points(old) == []  # of a journal of an earlier version
+
+
+def test_waiting_for_data_is_stepped_by_update_and_what_was_left_out_by_epoch():
+    steps = StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7, data_wait_percent=3.5)
+    (point,) = metric_points(as_record(steps, time=0.0))
+    assert (point.key, point.value, point.step) == ("steps/data_wait_percent", 3.5, 7)
+    (point,) = metric_points(as_record(SamplesSkipped(4, 12, ("a",)), time=0.0))
+    assert (point.key, point.value, point.step) == ("samples_skipped", 12.0, 4)
 
 
 def test_what_was_not_finite_is_sent_as_such():

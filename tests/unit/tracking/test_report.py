@@ -3,7 +3,15 @@ from dataclasses import replace
 import pytest
 from tracking_events import make_measured, make_plan, make_process_plan
 
-from petractl.events import EpochTrained, Evaluated, RunFinished, RunStarted, StageCounted, StepsDone
+from petractl.events import (
+    EpochTrained,
+    Evaluated,
+    RunFinished,
+    RunStarted,
+    SamplesSkipped,
+    StageCounted,
+    StepsDone,
+)
 from petractl.tracking import report
 
 
@@ -67,6 +75,19 @@ def test_epoch_line_has_the_range_of_idle_stages(idle, text):
     measured = [replace(make_measured(3, j), idle_percent=percent) for j, percent in enumerate(idle)]
     line = report.epoch_line(EpochTrained(3, 0.4, 88.0, 9, 53.0, 0.3, 0.05, 36), 20, (), measured)
     assert line.endswith(f"53 images/s  {text}  lr 0.05" if text else "53 images/s  lr 0.05")
+
+
+def test_waiting_for_data_is_told_where_it_is_known():
+    trained = EpochTrained(3, 0.4, 88.0, 9, 53.0, 0.3, 0.05, 36, data_wait_percent=12.4)
+    assert report.epoch_line(trained, 20).endswith("53 images/s  data wait 12 %  lr 0.05")
+    steps = StepsDone(1, 120, 1230, 2.3, 10.0, 3.21, 0.1, 60, data_wait_percent=0.2)
+    assert report.progress_line(steps, 3, 65.0).endswith("3.21 images/s  data wait 0 %  1 min 05 s left")
+    assert "wait" not in "".join(report.progress_fields(steps, 65.0, narrow=True))
+
+
+def test_samples_that_were_left_out_are_named():
+    lines = report.skipped_lines(SamplesSkipped(3, 12, ("a.tar: 1: broken", "a.tar: 7: no label")))
+    assert lines == ["epoch 3: 12 bad samples left out", "  a.tar: 1: broken", "  a.tar: 7: no label"]
 
 
 def test_progress_line_without_and_with_an_estimate():

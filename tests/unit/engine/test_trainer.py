@@ -1,0 +1,106 @@
+"""What the trainer tells of its data; what it computes is what the numerics tests are about."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from petractl import build
+from petractl.data.encoded import BadSample
+from petractl.engine.trainer import Trainer, TrainingState
+from petractl.events import EpochTrained, Evaluated, Event, SamplesSkipped, StepsDone, WarningRaised
+from petractl.recipe.load import load_recipe
+
+RECIPE = """
+[model]
+name = "revnet18"
+width = 2
+[data]
+name = "fake"
+image_size = 8
+fake_samples = 32
+batch_size = 8
+[method]
+name = "petra"
+[partition]
+stages = 2
+[engine]
+device = "cpu"
+"""
+
+
+class Loader:
+    """A loader that says that it was waited for, and that it left samples out."""
+
+    def __init__(self, loader, *, wait_s, bad=()):
+        self._loader, self._wait_s, self._bad = loader, wait_s, bad
+        self.wait_s, self.skipped, self.slow_hint = 100.0, [], "set data.workers = 2"
+
+    def epoch(self, epoch, *, start=0):
+        self.skipped += self._bad
+        for batch in self._loader.epoch(epoch, start=start):
+            self.wait_s += self._wait_s
+            yield batch
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> build.Built:
+    path = Path(tmp_path_factory.mktemp("recipe"), "recipe.toml")
+    path.write_text(RECIPE)
+    return build.build(build.check(load_recipe(str(path))))
+
+
+def events_of(built, loader, *, epochs, evaluate=None) -> list[Event]:
+    events: list[Event] = []
+    trainer = Trainer(
+        pipeline=built.pipeline,
+        world=built.world,
+        training_data=loader,
+        length=built.length,
+        evaluate=evaluate or built.evaluate,
+        placement=built.placement,
+        epochs=epochs,
+        evaluate_every=1,
+        emit=events.append,
+        save=lambda *_: None,
+    )
+    trainer.run(TrainingState())
+    return events
+
+
+def test_waiting_for_data_is_told_and_warned_of_once(built):
+    events = events_of(built, Loader(built.training_data, wait_s=30.0), epochs=3)
+    trained = [event for event in events if isinstance(event, EpochTrained)]
+    assert [round(e.data_wait_percent * e.seconds / 100.0) for e in trained] == [120, 120, 120]
+    (warning,) = [event for event in events if isinstance(event, WarningRaised)]
+    assert "of epoch 1 (120.0 s) was spent waiting for data" in warning.message
+    assert warning.hint == "set data.workers = 2"
+
+
+def test_fast_data_are_no_reason_to_warn(built):
+    events = events_of(built, Loader(built.training_data, wait_s=0.0), epochs=1)
+    assert not [event for event in events if isinstance(event, WarningRaised)]
+    assert [event.data_wait_percent for event in events if isinstance(event, EpochTrained)] == [0.0]
+
+
+def test_progress_tells_the_waiting_of_the_epoch_so_far(built, monkeypatch):
+    monkeypatch.setattr("petractl.engine.trainer.PROGRESS_INTERVAL_S", 0.0)
+    events = events_of(built, Loader(built.training_data, wait_s=30.0), epochs=1)
+    steps = [event for event in events if isinstance(event, StepsDone)]
+    assert len(steps) == 4
+    assert all(event.data_wait_percent > 100.0 for event in steps)
+
+
+def test_samples_left_out_are_told_after_the_epoch_and_after_its_evaluation(built):
+    loader = Loader(built.training_data, wait_s=0.0, bad=[BadSample("a.tar", "7", "no label")])
+
+    def evaluate():
+        loader.skipped.append(BadSample("b.tar", "1", "broken"))
+        return built.evaluate()
+
+    events = events_of(built, loader, epochs=2, evaluate=evaluate)
+    skipped = [event for event in events if isinstance(event, SamplesSkipped)]
+    train, val = SamplesSkipped(1, 1, ("a.tar: 7: no label",)), SamplesSkipped(1, 1, ("b.tar: 1: broken",))
+    assert skipped == [train, val, replace(train, epoch=2), replace(val, epoch=2)]
+    names = [event.name for event in events if isinstance(event, EpochTrained | SamplesSkipped | Evaluated)]
+    assert names[:4] == ["epoch_trained", "samples_skipped", "evaluated", "samples_skipped"]
