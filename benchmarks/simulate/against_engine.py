@@ -4,7 +4,7 @@ All that the simulator is told is measured in plain model parallelism: how long 
 microbatch (its sleeps, and the engine's own work), and what a message takes on its way, the rest of a
 microbatch's time divided by the number of messages. With that it predicts the other schedules.
 
-    python benchmarks/simulate/against_engine.py scaling.json
+    python benchmarks/simulate/against_engine.py scaling/scaling.json
 """
 
 import argparse
@@ -25,8 +25,9 @@ FORWARD_PART = 0.25
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("scaling", type=Path, help="what bench_scaling.py wrote")
-    records = json.loads(parser.parse_args().scaling.read_text(encoding="utf-8"))["runs"]
+    parser.add_argument("scaling", type=Path, nargs="+", help="what bench_scaling.py wrote")
+    files = parser.parse_args().scaling
+    records = [run for file in files for run in json.loads(file.read_text(encoding="utf-8"))["runs"]]
     groups: defaultdict[tuple[int, float], list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         groups[record["stages"], record["latency_s"]].append(record)

@@ -12,23 +12,32 @@ from petractl.cli.table import write_table
 from petractl.errors import UserError
 
 if TYPE_CHECKING:
+    from petractl.cli.recipe_pipeline import Source
     from petractl.planning.measured import MeasuredRun
     from petractl.planning.simulated import Simulated
     from petractl.planning.times import Link, StageTimes
 
-_HEADER = ("stage", "ms", "idle simulated", "idle measured", "staleness simulated", "staleness measured")
+_HEADER = ("stage", "ms", "idle simulated", "measured", "staleness simulated", "measured")
 
 
 def write_comparison(
-    run: Path, *, recipe: str | None, overrides: Sequence[str], link: "Link", as_json: bool
+    run: Path,
+    *,
+    recipe: str | None,
+    overrides: Sequence[str],
+    link: "Link | None",
+    source: "Source",
+    as_json: bool,
 ) -> None:
     """Simulate the run's epochs and write both; times are a recipe's, or what the run's stages computed.
 
     Raises:
         UserError: the run measured nothing, or the recipe has other stages.
     """
+    from petractl.cli.recipe_pipeline import recipe_pipeline
     from petractl.planning.measured import measured_run
     from petractl.planning.simulation import simulate
+    from petractl.planning.times import Link
     from petractl.tracking.journal import read_journal
 
     measured = measured_run(read_journal(run), where=str(run))
@@ -38,13 +47,16 @@ def write_comparison(
             where=str(run),
             hint="compare a run with one stage per process",
         )
-    times, source = measured.times(), "what each stage of the run computed"
+    times, said = measured.times(), "what each stage of the run computed"
+    links: Link | tuple[Link, ...] = link or Link()
     if recipe is not None:
-        times, source = _recipe_times(recipe, overrides=overrides, measured=measured, where=str(run))
+        pipeline = recipe_pipeline(recipe, overrides=overrides, source=source)
+        _check_stages(pipeline.num_stages, recipe, measured=measured, where=str(run))
+        times, links, said = pipeline.times(pipeline.own()), pipeline.links(link), pipeline.note
     simulated = simulate(
         measured.schedule_to_simulate,
         times,
-        link=link,
+        link=links,
         accumulation=measured.accumulation,
         num_microbatches=measured.num_microbatches,
     )
@@ -52,7 +64,7 @@ def write_comparison(
     images_per_s = measured.samples / simulated.seconds
     if as_json:
         document = {
-            "times": source,
+            "times": said,
             "simulated": {"images_per_s": images_per_s, **asdict(simulated)},
             "measured": {"images_per_s": measured.images_per_s, **asdict(measured)},
         }
@@ -61,22 +73,16 @@ def write_comparison(
     _write_tables(measured, simulated, times, images_per_s=images_per_s)
     what = "epoch" if measured.epochs == 1 else f"{measured.epochs} epochs"
     length = f"of {measured.num_microbatches} microbatches"
-    sys.stderr.write(f"times: {source}; measured: the mean of {what} {length}\n")
+    sys.stderr.write(f"times: {said}; measured: the mean of {what} {length}\n")
 
 
-def _recipe_times(
-    recipe: str, *, overrides: Sequence[str], measured: "MeasuredRun", where: str
-) -> "tuple[tuple[StageTimes, ...], str]":
-    from petractl.cli.pipelines import recipe_pipeline
-
-    pipeline = recipe_pipeline(recipe, overrides=overrides)
-    if pipeline.num_stages != len(measured.stages):
+def _check_stages(num_stages: int, recipe: str, *, measured: "MeasuredRun", where: str) -> None:
+    if num_stages != len(measured.stages):
         raise UserError(
-            f"the run has {len(measured.stages)} stages and {recipe} {pipeline.num_stages}",
+            f"the run has {len(measured.stages)} stages and {recipe} {num_stages}",
             where=where,
             hint=f"give the run's own recipe, {where}/resolved.toml, or none",
         )
-    return pipeline.times(pipeline.own()), pipeline.note
 
 
 def _write_tables(

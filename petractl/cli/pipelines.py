@@ -1,17 +1,17 @@
-"""The pipelines that `petractl simulate` is asked about: a recipe's, or one given in numbers."""
+"""The pipelines that `petractl simulate` is asked about, and those given in numbers."""
 
-import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from petractl.errors import UserError
 
 if TYPE_CHECKING:
-    from petractl.build import CheckedPlan
-    from petractl.methods.family import MethodSpec
     from petractl.planning.entries import Entry
-    from petractl.planning.times import StageTimes
+    from petractl.planning.simulated import Simulated
+    from petractl.planning.times import Link, StageTimes
+
+
+_LEAST_MS, _MOST = 1e-6, 1e9
 
 
 class Pipeline(Protocol):
@@ -42,8 +42,33 @@ class Pipeline(Protocol):
         """Where its times come from."""
         ...
 
+    @property
+    def is_nominal(self) -> bool:
+        """Whether only proportions are meant."""
+        ...
+
+    def problem(self, entry: "Entry") -> str:
+        """Return why an entry cannot be run on it; "" where it can."""
+        ...
+
     def times(self, entry: "Entry") -> "tuple[StageTimes, ...]":
         """Return the stages' times under a method."""
+        ...
+
+    def chunks(self, entry: "Entry") -> "tuple[StageTimes, ...] | None":
+        """Return the times of an interleaved pipeline's stages, two per process; None: equal halves."""
+        ...
+
+    def links(self, given: "Link | None") -> "Link | tuple[Link, ...]":
+        """Return the links between the stages; `given` ones win."""
+        ...
+
+    def memory_bytes(self, entry: "Entry", result: "Simulated") -> tuple[int, ...] | None:
+        """Return the most that each process holds; None where that is not known."""
+        ...
+
+    def limits_bytes(self) -> tuple[int | None, ...]:
+        """Return the memory of each device, None where it is not known."""
         ...
 
 
@@ -89,6 +114,36 @@ class NumbersPipeline:
             for f, b in zip(self.forward_ms, backward, strict=True)
         )
 
+    @property
+    def is_nominal(self) -> bool:
+        """No: the times are the user's."""
+        return False
+
+    def problem(self, entry: "Entry") -> str:
+        """Return nothing: without a net, every method is possible."""
+        del entry
+        return ""
+
+    def chunks(self, entry: "Entry") -> "tuple[StageTimes, ...] | None":
+        """Return None: where a process holds two stages, they are halves."""
+        del entry
+        return None
+
+    def links(self, given: "Link | None") -> "Link | tuple[Link, ...]":
+        """Return the links between the stages."""
+        from petractl.planning.times import Link
+
+        return given or Link()
+
+    def memory_bytes(self, entry: "Entry", result: "Simulated") -> tuple[int, ...] | None:
+        """Return None: there is no net to hold."""
+        del entry, result
+        return None
+
+    def limits_bytes(self) -> tuple[int | None, ...]:
+        """Return None for each stage."""
+        return (None,) * self.num_stages
+
     def with_stages(self, num_stages: int) -> "NumbersPipeline":
         """Return as many stages like the first."""
         rows = {
@@ -96,73 +151,6 @@ class NumbersPipeline:
             for name in ("forward_ms", "backward_ms", "plain_backward_ms")
         }
         return replace(self, **rows)  # type: ignore[arg-type]
-
-
-class RecipePipeline:
-    """The pipeline of a recipe, cut as it would be run."""
-
-    def __init__(self, plan: "CheckedPlan", *, name: str) -> None:
-        self._plan = plan
-        self._name = name
-        self.num_stages = plan.num_stages
-        self.accumulation = plan.recipe.method.accumulation
-        self.batch_size: int | None = plan.recipe.data.batch_size * plan.recipe.engine.replicas
-        self.note = "times by FLOPs, for a nominal device of 1 TFLOP/s"
-        self._times = functools.cache(lambda method: times_of(plan, method=method))
-
-    @property
-    def title(self) -> str:
-        """What it is."""
-        return f"{self._name}: {self._plan.recipe.model.name} in {self.num_stages} stages"
-
-    def own(self) -> "Entry":
-        """Return the recipe's own method and schedule."""
-        from petractl.planning.entries import make_entry
-
-        engine, method = self._plan.recipe.engine, self._plan.method
-        schedule = engine.schedule
-        keep = f":{method.keep}" if method.keep else ""
-        entry = make_entry("", method=method, schedule=schedule, slack=engine.slack)
-        what = entry.schedule if isinstance(entry.schedule, str) else list(entry.schedule)
-        slack = f" slack={entry.slack}" if entry.slack else ""
-        return replace(entry, label=f"{method.name}{keep}/{what}{slack}".replace(", ", ","))
-
-    def times(self, entry: "Entry") -> "tuple[StageTimes, ...]":
-        """Return the stages' times under a method."""
-        return self._times(entry.method)
-
-
-def times_of(plan: "CheckedPlan", *, method: "MethodSpec") -> "tuple[StageTimes, ...]":
-    """Return the times of a recipe's stages under a method, on its cuts."""
-    import torch
-
-    from petractl.build.parts import build_units
-    from petractl.methods.family import keepings
-    from petractl.models.units import is_reversible
-    from petractl.planning.nominal import nominal_times
-
-    with torch.device("meta"):
-        model = build_units(plan.recipe, classes=plan.classes, stem=plan.stem, channels=plan.info.channels)
-    return nominal_times(
-        plan.costs,
-        kept=keepings(method, [is_reversible(unit) for unit in model.units]),
-        cuts=plan.cuts,
-        batch_size=plan.recipe.data.batch_size,
-    )
-
-
-def recipe_pipeline(source: str, *, overrides: Sequence[str]) -> RecipePipeline:
-    """Return a recipe's pipeline.
-
-    Raises:
-        UserError: what `validate` would say.
-    """
-    from petractl.recipe import load_recipe
-
-    loaded = load_recipe(source, overrides=list(overrides))
-    from petractl import build
-
-    return RecipePipeline(build.check(loaded), name=loaded.name)
 
 
 def numbers_pipeline(
@@ -190,7 +178,7 @@ def numbers_pipeline(
     rows["--backward-ms"] = parse_numbers(backward_ms, where="--backward-ms")
     if plain_backward_ms is not None:
         rows["--plain-backward-ms"] = parse_numbers(plain_backward_ms, where="--plain-backward-ms")
-    rows["--speeds"] = parse_numbers(speeds or "1", where="--speeds")
+    rows["--speeds"] = parse_speeds(speeds or "1")
     count = stages or max(map(len, rows.values()))
     for where, values in rows.items():
         if len(values) not in (1, count):
@@ -198,15 +186,17 @@ def numbers_pipeline(
                 f"has {len(values)} numbers for {count} stages", where=where, hint="give one, or one each"
             )
     full = {where: values * count if len(values) == 1 else values for where, values in rows.items()}
-    if min(full["--speeds"]) <= 0:
-        raise UserError("must be above 0", where="--speeds", hint="1 is as fast as the times given")
     for where, values in full.items():
         full[where] = values if where == "--speeds" else _scaled(values, full["--speeds"])
     forward, backward = full["--forward-ms"], full["--backward-ms"]
     pairs = list(zip(forward, backward, strict=True))
     plain = full.get("--plain-backward-ms", tuple(b - f if b > f else b for f, b in pairs))
-    if any(f + min(b, p) <= 0 for (f, b), p in zip(pairs, plain, strict=True)):
-        raise UserError("0 ms for forward and backward", where="--forward-ms", hint="give every stage a time")
+    if any(f + min(b, p) < _LEAST_MS for (f, b), p in zip(pairs, plain, strict=True)):
+        raise UserError(
+            f"forward and backward of a stage take less than {_LEAST_MS:g} ms",
+            where="--forward-ms",
+            hint="give every stage a time",
+        )
     return NumbersPipeline(forward, backward, plain, update_ms, message_kib, accumulation)
 
 
@@ -220,11 +210,25 @@ def parse_numbers(text: str, *, where: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or not all(0 <= value < float("inf") for value in values):
+    if not values or not all(0 <= value <= _MOST for value in values):
         raise UserError(
-            f'"{text}" is not a list of numbers of at least 0', where=where, hint="write, e.g., 20 or 20,25"
+            f'"{text}" is not a list of numbers from 0 to {_MOST:,.0f}',
+            where=where,
+            hint="write, for example, 20 or 20,25",
         )
     return values
+
+
+def parse_speeds(text: str) -> tuple[float, ...]:
+    """Read the speeds of devices.
+
+    Raises:
+        UserError: anything but numbers above 0.
+    """
+    speeds = parse_numbers(text, where="--speeds")
+    if min(speeds) <= 0:
+        raise UserError("must be above 0", where="--speeds", hint="1 is as fast as the times given")
+    return speeds
 
 
 def parse_sweep(text: str) -> tuple[int, ...]:

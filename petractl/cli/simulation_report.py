@@ -1,121 +1,107 @@
-"""What `petractl simulate` answers: tables, JSON, timelines and sweeps."""
+"""What `petractl simulate` answers: a table, JSON and timelines; `sweep_report` has the sweeps."""
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from petractl.cli.columns import figure, fit_columns
+from petractl.cli.machine import bytes_in_words
+from petractl.cli.places import writing
 from petractl.cli.report import show_warning, write_out
+from petractl.cli.simulation_rows import (
+    MAX_SPANS,
+    Conditions,
+    Outputs,
+    Row,
+    chart_length,
+    row_as_json,
+    simulate_rows,
+)
 from petractl.cli.table import write_table
 from petractl.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from petractl.cli.pipelines import NumbersPipeline, Pipeline
+    from petractl.cli.pipelines import Pipeline
     from petractl.planning.entries import Entry
-    from petractl.planning.simulated import Simulated
-    from petractl.planning.times import Link, Span
 
-_HEADER = ("schedule", "vs plain", "of limit", "idle", "least - most", "staleness", "most", "kept")
+_HEADER = ("x plain", "of limit", "idle", "stale", "most", "kept")
+_SPARE = ("kept", "of limit", "most", "x plain", "idle", "stale")
 _MAX_CHARTS = 6
-_MAX_SPANS = 400_000
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What holds for every schedule."""
-
-    link: "Link"
-    microbatches: int | None
-    jitter: float
-    seed: int
-
-    def simulate(self, pipeline: "Pipeline", entry: "Entry") -> "Simulated":
-        """Return how an entry fares."""
-        from petractl.planning.simulation import simulate
-
-        try:
-            return simulate(
-                entry.schedule,
-                pipeline.times(entry),
-                link=self.link,
-                accumulation=pipeline.accumulation,
-                num_microbatches=self.microbatches,
-                slack=entry.slack,
-                jitter=self.jitter,
-                seed=self.seed,
-            )
-        except ValueError as error:
-            raise UserError(str(error), where=entry.label, hint="change --schedules") from None
-
-    def plain_rate(self, pipeline: "Pipeline") -> float:
-        """Return the steady rate of plain model parallelism: one microbatch at a time, the graph kept."""
-        from petractl.planning.entries import parse_entries
-
-        (entry,) = parse_entries("plain")
-        return replace(self, microbatches=None).simulate(pipeline, entry).microbatches_per_s
-
-    def timeline(self, pipeline: "Pipeline", entry: "Entry") -> "tuple[Span, ...]":
-        """Return what happens in an epoch; by default a short one, long enough to fill the pipe."""
-        from petractl.planning.simulation import timeline
-
-        return timeline(
-            entry.schedule,
-            pipeline.times(entry),
-            num_microbatches=self.microbatches or _chart_length(pipeline),
-            link=self.link,
-            accumulation=pipeline.accumulation,
-            slack=entry.slack,
-            jitter=self.jitter,
-            seed=self.seed,
-        )
+def show(pipeline: "Pipeline", entries: "Sequence[Entry]", conditions: Conditions, outputs: Outputs) -> None:
+    """Simulate the entries, write a table or JSON, and draw what is asked for."""
+    for entry in entries:
+        problem = pipeline.problem(entry)
+        if problem:
+            raise UserError(problem, where=entry.label, hint="leave it out of --schedules")
+    if outputs.gantt or outputs.trace:
+        _check_length(pipeline, conditions)
+    rows = simulate_rows(pipeline, entries, conditions)
+    _warn_of_memory(pipeline, rows)
+    if outputs.as_json:
+        _write_json(pipeline, rows)
+    else:
+        _write_table(pipeline, rows)
+    draw(pipeline, entries, conditions, gantt=outputs.gantt, trace=outputs.trace)
 
 
-def show(pipeline: "Pipeline", entries: "Sequence[Entry]", conditions: Conditions, *, as_json: bool) -> None:
-    results = [(entry, conditions.simulate(pipeline, entry)) for entry in entries]
-    plain = conditions.plain_rate(pipeline)
-    if as_json:
-        document = {
-            "pipeline": pipeline.title,
-            "times": pipeline.note or "as given",
-            "stages": pipeline.num_stages,
-            "accumulation": pipeline.accumulation,
-            "schedules": [_object(pipeline, entry, result, plain) for entry, result in results],
-        }
-        write_out(json.dumps(document))
-        return
+def _write_json(pipeline: "Pipeline", rows: Sequence[Row]) -> None:
+    document = {
+        "pipeline": pipeline.title,
+        "times": pipeline.note or "as given",
+        "stages": pipeline.num_stages,
+        "accumulation": pipeline.accumulation,
+        "schedules": [row_as_json(pipeline, row) for row in rows],
+    }
+    write_out(json.dumps(document))
+
+
+def _write_table(pipeline: "Pipeline", rows: Sequence[Row]) -> None:
+    with_memory = rows[0].memory is not None
     unit = "images/s" if pipeline.batch_size else "microbatches/s"
-    rows = [_row(pipeline, entry, result, plain) for entry, result in results]
-    write_table((_HEADER[0], unit, *_HEADER[1:]), rows)
-    if pipeline.note:
-        show_warning(Problem("", f"{pipeline.note}: proportions hold, seconds do not"))
+    header = ("schedule", unit, *_HEADER, *(("memory",) if with_memory else ()))
+    cells = [_cells(pipeline, row) for row in rows]
+    shown, cells, left_out = fit_columns(header, cells, spare=_SPARE)
+    write_table(shown, cells)
+    if left_out:
+        sys.stderr.write(f"not shown for want of room: {', '.join(left_out)} (--json has all)\n")
+    if pipeline.is_nominal:
+        show_warning(Problem("", f"times: {pipeline.note}: proportions hold, seconds do not"))
+    elif pipeline.note:
+        sys.stderr.write(f"times: {pipeline.note}\n")
 
 
-def _row(pipeline: "Pipeline", entry: "Entry", result: "Simulated", plain: float) -> tuple[str, ...]:
-    idle = [stage.idle_percent for stage in result.stages]
-    return (
-        entry.label,
-        f"{result.microbatches_per_s * (pipeline.batch_size or 1):,.4g}",
-        f"{result.microbatches_per_s / plain:,.2f} x",
-        f"{result.share_of_limit:.3f}",
-        f"{result.idle_percent:.1f} %",
-        f"{min(idle):.1f} - {max(idle):.1f} %",
-        f"{result.staleness_updates:,.4g}",
-        f"{max(stage.staleness_updates for stage in result.stages):,.4g}",
-        f"{max(stage.kept for stage in result.stages):,g}",
-    )
+def _cells(pipeline: "Pipeline", row: Row) -> list[str]:
+    found = row.found
+    cells = [
+        row.entry.label,
+        figure(found.microbatches_per_s * (pipeline.batch_size or 1)),
+        f"{found.microbatches_per_s / row.plain:,.2f}",
+        f"{found.share_of_limit:.3f}",
+        f"{found.idle_percent:.1f} %",
+        figure(found.staleness_updates),
+        figure(max(stage.staleness_updates for stage in found.stages)),
+        f"{max(stage.kept for stage in found.stages):,g}",
+    ]
+    return cells if row.memory is None else [*cells, bytes_in_words(max(row.memory))]
 
 
-def _object(pipeline: "Pipeline", entry: "Entry", result: "Simulated", plain: float) -> dict[str, Any]:
-    record: dict[str, Any] = {"entry": entry.label, "method": entry.method.name, "keep": entry.method.keep}
-    record |= asdict(result)
-    if pipeline.batch_size:
-        record["images_per_s"] = result.microbatches_per_s * pipeline.batch_size
-    record["speedup_over_model_parallel"] = result.microbatches_per_s / plain
-    record["share_of_limit"] = result.share_of_limit
-    record["idle_percent"] = result.idle_percent
-    record["staleness_updates"] = result.staleness_updates
-    return record
+def _warn_of_memory(pipeline: "Pipeline", rows: Sequence[Row]) -> None:
+    """Name the schedules that do not fit on the devices."""
+    limits = pipeline.limits_bytes()
+    for row in rows:
+        over = [
+            (need, limit)
+            for need, limit in zip(row.memory or (), limits, strict=False)
+            if limit is not None and need > limit
+        ]
+        if over:
+            need, limit = max(over)
+            what = f"needs {bytes_in_words(need)} on a device of {bytes_in_words(limit)}"
+            show_warning(Problem(row.entry.label, what))
 
 
 def draw(
@@ -132,7 +118,9 @@ def draw(
     from petractl.planning.chrome_trace import write_trace
     from petractl.tracking.gantt_plot import Timeline, plot_gantt
 
-    drawn = [(entry.label, conditions.timeline(pipeline, entry)) for entry in entries[:_MAX_CHARTS]]
+    chosen = entries[:_MAX_CHARTS]
+    length = conditions.microbatches or chart_length(pipeline, chosen)
+    drawn = [(entry.label, conditions.timeline(pipeline, entry, length=length)) for entry in chosen]
     if len(entries) > _MAX_CHARTS:
         left = ", ".join(entry.label for entry in entries[_MAX_CHARTS:])
         show_warning(
@@ -140,65 +128,20 @@ def draw(
         )
     if gantt is not None:
         timelines = [Timeline(label, spans) for label, spans in drawn]
-        plot_gantt(timelines, gantt, title=pipeline.title, subtitle=pipeline.note)
+        with writing(gantt):
+            facts = "; ".join(filter(None, (pipeline.note, conditions.facts(pipeline))))
+            plot_gantt(timelines, gantt, title=pipeline.title, subtitle=facts)
     if trace is not None:
-        write_trace(dict(drawn), trace)
+        with writing(trace):
+            write_trace(dict(drawn), trace)
 
 
-def show_sweep(
-    pipeline: "NumbersPipeline",
-    entries: "Sequence[Entry]",
-    counts: Sequence[int],
-    conditions: Conditions,
-    *,
-    as_json: bool,
-    plot: Path | None,
-) -> None:
-    """Simulate as many equal stages as each of `counts` says."""
-    if len(set(pipeline.forward_ms)) > 1 or len(set(pipeline.backward_ms)) > 1:
+def _check_length(pipeline: "Pipeline", conditions: Conditions) -> None:
+    """Refuse timelines that nobody could draw or open."""
+    most = MAX_SPANS // pipeline.num_stages
+    if (conditions.microbatches or 0) > most:
         raise UserError(
-            "is of equal stages", where="--sweep", hint="give one number in --forward-ms and the like"
+            f"{conditions.microbatches:,} microbatches on {pipeline.num_stages} stages are too many to draw",
+            where="--microbatches",
+            hint=f"give at most {most:,} with --gantt or --trace",
         )
-    for entry in entries:
-        if not isinstance(entry.schedule, str):
-            raise UserError(
-                f"{entry.label} is for {len(entry.schedule)} stages", where="--sweep", hint="leave it out"
-            )
-    results = {
-        count: [conditions.simulate(pipeline.with_stages(count), entry) for entry in entries]
-        for count in counts
-    }
-    if as_json:
-        rows = [
-            _object(pipeline, entry, result, conditions.plain_rate(pipeline.with_stages(count)))
-            | {"stages": count}
-            for count, found in results.items()
-            for entry, result in zip(entries, found, strict=True)
-        ]
-        write_out(
-            json.dumps({"pipeline": pipeline.title, "accumulation": pipeline.accumulation, "sweep": rows})
-        )
-    else:
-        table = [
-            (f"{count:,}", *(f"{result.microbatches_per_s:,.4g}" for result in found))
-            for count, found in results.items()
-        ]
-        write_table(("stages", *(f"{entry.label}, /s" for entry in entries)), table)
-    if plot is not None:
-        from petractl.tracking.throughput_plot import Curve, plot_throughput
-
-        curves = [
-            Curve(
-                entry.label, tuple(results), tuple(found[n].microbatches_per_s for found in results.values())
-            )
-            for n, entry in enumerate(entries)
-        ]
-        one = pipeline.with_stages(1)
-        times = f"forward {one.forward_ms[0]:g} ms, backward {one.backward_ms[0]:g} ms"
-        facts = f"{times}, {pipeline.accumulation} microbatches per update"
-        plot_throughput(curves, plot, title="Throughput against the number of stages", subtitle=facts)
-
-
-def _chart_length(pipeline: "Pipeline") -> int:
-    """Return how many microbatches fill the pipe and show its stride, as far as a chart has room."""
-    return max(4, min(2 * pipeline.num_stages + 6, _MAX_SPANS // pipeline.num_stages))

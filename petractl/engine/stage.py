@@ -21,6 +21,9 @@ from petractl.models.units import Streams
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output of the last unit, labels) -> mean loss over the samples."""
 
+_Downward = tuple[Streams | None, Streams]
+"""What a unit hands to the one below: its inputs, and the gradients of them."""
+
 
 @dataclass(slots=True)
 class Counters:
@@ -117,9 +120,8 @@ class Stage:
         flight = self._in_flight[message.microbatch]
         self._group_microbatches += 1
         self._group_samples += flight.samples
-        result = self._run_backward(
-            self.keepers, message.streams, message.gradients, flight, message.microbatch, group_size
-        )
+        above = [(message.streams, message.gradients)]
+        result = self._run_backward(self.keepers, above, flight, message.microbatch, group_size)
         del self._in_flight[message.microbatch]
         self.counters.backwards += 1
         self.delay = self.counters.updates - flight.updates_at_forward
@@ -127,21 +129,12 @@ class Stage:
 
     def forward_backward(self, message: Activation, *, group_size: int) -> Gradient:
         """Run the last stage's forward, loss and backward of one microbatch."""
-        assert self.loss is not None, "only the last stage has a loss"
-        body, head = self.keepers[:-1], self.keepers[-1]
-        streams, flight = self._run_forward(body, message)
+        streams, flight = self._run_forward(self.keepers[:-1], message)
         self._group_microbatches += 1
         self._group_samples += flight.samples
-        i = self._position(message.microbatch)
-        outputs, kept = head.forward(streams, microbatch=i, parameters=None)
-        logits = outputs[0].requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(logits, message.labels)
-        self.totals.add(loss, logits, message.labels)
-        gradients = torch.autograd.grad(loss, [logits])
-        down = head.backward(kept, None, gradients, microbatch=i, parameters=None)
-        self._add(len(body), down, gradients, group_size)
-        result = self._run_backward(body, down.inputs, down.gradients, flight, message.microbatch, group_size)
+        above = [self._run_head(streams, message, group_size)]
+        del streams  # the head's inputs are not needed below it
+        result = self._run_backward(self.keepers[:-1], above, flight, message.microbatch, group_size)
         self.counters.forwards += 1
         self.counters.backwards += 1
         self.delay = 0
@@ -178,20 +171,40 @@ class Stage:
             kept.append(item)
         return streams, InFlight(kept, parameters, self.counters.updates, message.labels.shape[0])
 
+    def _run_head(self, streams: Streams, message: Activation, group_size: int) -> _Downward:
+        """Run the last unit's forward, the loss and the unit's backward; add the unit's gradients."""
+        assert self.loss is not None, "only the last stage has a loss"
+        head, i = self.keepers[-1], self._position(message.microbatch)
+        outputs, kept = head.forward(streams, microbatch=i, parameters=None)
+        logits = outputs[0].requires_grad_()
+        with torch.enable_grad():
+            loss = self.loss(logits, message.labels)
+        self.totals.add(loss, logits, message.labels)
+        gradients = torch.autograd.grad(loss, [logits])
+        down = head.backward(kept, None, gradients, microbatch=i, parameters=None)
+        self._add(len(self.keepers) - 1, down, gradients, group_size)
+        return down.inputs, down.gradients
+
     def _run_backward(
         self,
         keepers: Sequence[Keeper],
-        streams: Streams | None,
-        gradients: Streams,
+        above: list[_Downward],
         flight: InFlight,
         i: int,
         group_size: int,
     ) -> Gradient:
+        """Run units in reverse, from what `above` holds; it is taken out, so that it dies with its last use.
+
+        The same goes for what units hand down: a unit's backward is where a stage's memory peaks.
+        """
+        streams, gradients = above.pop()
         for n in range(len(keepers) - 1, -1, -1):
             keeper = keepers[n]
+            if not keeper.needs_outputs:
+                streams = None
             down = keeper.backward(
                 flight.kept[n],
-                streams if keeper.needs_outputs else None,
+                streams,
                 gradients,
                 microbatch=self._position(i),
                 parameters=flight.parameters[n],
@@ -199,6 +212,7 @@ class Stage:
             flight.kept[n] = None
             self._add(n, down, gradients, group_size)
             streams, gradients = down.inputs, down.gradients
+            del down
         return Gradient(i, streams if self.sends_streams else None, gradients)
 
     def _add(self, n: int, down: UnitBackward, gradients: Streams, group_size: int) -> None:

@@ -39,26 +39,39 @@ def _gpu(name: str, *, tflops: float, gigabytes: int, link_gb_per_s: float | Non
     return DeviceSpec(name, tflops, gigabytes * 10**9, bandwidth)
 
 
+# Sources. "GCP": the FP32 peaks, memory and NVLink that Google Cloud tabulates for its GPUs, after
+# NVIDIA's data sheets. PCIe 4.0 x16: 64 GB/s over both directions (NVIDIA's data sheets of A40 and L40S).
 DEVICES: dict[str, DeviceSpec] = {
     spec.name: spec
     for spec in (
+        # GCP; six NVLinks of 25 GB/s each way. All six only through an NVSwitch: in a DGX-1 two neighbours
+        # share one or two of them, 25 or 50 GB/s.
         _gpu("v100-16gb", tflops=15.7, gigabytes=16, link_gb_per_s=150.0),
         _gpu("v100-32gb", tflops=15.7, gigabytes=32, link_gb_per_s=150.0),
+        # GCP; PCIe 3.0 x16, for which no figure was found in a data sheet.
         _gpu("t4", tflops=8.1, gigabytes=16, link_gb_per_s=None),
+        # 9,216 cores x 2 x 1.695 GHz = 31.2; PCIe 4.0 x16.
         _gpu("a10", tflops=31.2, gigabytes=24, link_gb_per_s=32.0),
-        _gpu("a40", tflops=37.4, gigabytes=48, link_gb_per_s=None),
+        # NVIDIA's data sheet of the A40; PCIe 4.0 x16 (its NVLink joins pairs only: 112.5 GB/s both ways).
+        _gpu("a40", tflops=37.4, gigabytes=48, link_gb_per_s=32.0),
+        # NVIDIA's data sheet of the A100, SXM: NVLink of 600 GB/s both ways.
         _gpu("a100-40gb", tflops=19.5, gigabytes=40, link_gb_per_s=300.0),
         _gpu("a100-80gb", tflops=19.5, gigabytes=80, link_gb_per_s=300.0),
+        # GCP; PCIe 4.0 x16.
         _gpu("l4", tflops=30.3, gigabytes=24, link_gb_per_s=32.0),
+        # NVIDIA's data sheet of the L40S.
         _gpu("l40s", tflops=91.6, gigabytes=48, link_gb_per_s=32.0),
+        # GCP; H100 SXM, NVLink of 900 GB/s both ways. The H200 is the same chip with other memory.
         _gpu("h100-80gb", tflops=67.0, gigabytes=80, link_gb_per_s=450.0),
         _gpu("h200-141gb", tflops=67.0, gigabytes=141, link_gb_per_s=450.0),
+        # 10,496 cores x 2 x 1.695 GHz = 35.6 and 16,384 x 2 x 2.52 GHz = 82.6; PCIe without peer-to-peer.
         _gpu("rtx3090", tflops=35.6, gigabytes=24, link_gb_per_s=None),
         _gpu("rtx4090", tflops=82.6, gigabytes=24, link_gb_per_s=None),
     )
 }
 """V100, A100, H100, H200: the SXM versions. Latencies stand in no data sheet: N/A."""
 
+_MOST_DEVICES = 16384
 _KEYS = ("name", "count", "tflops", "memory_gib", "link_gb_per_s", "link_latency_us")
 
 
@@ -74,7 +87,7 @@ def devices_of(text: str, *, count: int) -> tuple[DeviceSpec, ...]:
         return tuple(found) * count
     if len(found) != count:
         raise UserError(
-            f"{len(found)} devices are listed, but there are {count} GPUs",
+            f"{len(found)} devices are listed, and {count} are needed",
             where="--device-spec",
             hint=f"list {count} in the order of the stages, or one that stands for all",
         )
@@ -91,8 +104,12 @@ def _from_names(text: str) -> list[DeviceSpec]:
                 where="--device-spec",
                 hint=f"there are {', '.join(DEVICES)}, or give a TOML file (docs/partition.md)",
             )
-        if times and (not times.isdigit() or int(times) < 1):
-            raise UserError(f'"{part.strip()}": {times} is no number of devices', where="--device-spec")
+        if times and not (times.isascii() and times.isdigit() and 0 < int(times) <= _MOST_DEVICES):
+            raise UserError(
+                f'"{part.strip()}": {times} is no number of devices',
+                where="--device-spec",
+                hint=f"give 1 to {_MOST_DEVICES:,}",
+            )
         result += [DEVICES[name]] * int(times or 1)
     return result
 
@@ -102,6 +119,8 @@ def _from_file(path: Path) -> list[DeviceSpec]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("is no text in UTF-8", where=str(path), hint="give a TOML file") from None
     except ValueError as error:
         raise UserError(f"not valid TOML: {error}", where=str(path)) from None
     entries = table.pop("device", None)
@@ -121,13 +140,16 @@ def _from_table(entry: Mapping[str, Any], *, where: str) -> Sequence[DeviceSpec]
     name = str(entry.get("name", "device"))
     numbers = {key: entry[key] for key in _KEYS[1:] if key in entry}
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < float("inf"):
             raise UserError(f"{key} = {value!r} is no positive number", where=where)
         if value == 0 and key != "link_latency_us":
             raise UserError(f"{key} = 0 is no device", where=where, hint="leave out what is not known")
     count = numbers.get("count", 1)
-    if not isinstance(count, int):
-        raise UserError(f"count = {count} is no whole number", where=where)
+    if not isinstance(count, int) or count > _MOST_DEVICES:
+        raise UserError(
+            f"count = {count} is no number of devices", where=where, hint=f"give 1 to {_MOST_DEVICES:,}"
+        )
     spec = replace(DEVICES.get(name.lower(), DeviceSpec(name)), name=name)
     scales = {"tflops": 1.0, "memory_gib": GIB, "link_gb_per_s": 1e9, "link_latency_us": 1e-6}
     fields = {

@@ -60,6 +60,19 @@ def exact_steps(schedule: str, *, num_places: int, accumulation: int, num_groups
     return lists
 
 
+def kept_by_stage(schedule: str, *, num_places: int, accumulation: int) -> tuple[int, ...]:
+    """Return the most microbatches that each stage keeps at a time, from forward to its last gradient."""
+    stages = num_places * stages_per_process(schedule)
+    most = [0] * stages
+    last = "W" if schedule == "zero-bubble" else "B"
+    for steps in exact_steps(schedule, num_places=num_places, accumulation=accumulation, num_groups=1):
+        kept = dict.fromkeys(range(stages), 0)
+        for step in steps:
+            kept[step.stage] += (step.kind == "F") - (step.kind == last)
+            most[step.stage] = max(most[step.stage], kept[step.stage])
+    return tuple(most)
+
+
 def _flush(
     schedule: str, place: int, ahead: int, *, num_places: int, first: int, count: int
 ) -> Iterator[Step]:

@@ -12,19 +12,22 @@ and at a cut it belongs to the message instead.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 from petractl.methods.evaluation import Evaluator
 from petractl.methods.family import Keep, Keeping
 from petractl.methods.keeping import Keeper, build_keeper
 from petractl.models.units import Streams
-from petractl.planning.tracing import LiveBytes
+from petractl.planning.tracing import LiveBytes, cpu_workspace
 
 _FALLBACK_SAMPLES = 2
 _CPU = torch.device("cpu")
@@ -66,41 +69,63 @@ class _Passes:
 
 
 def trace_footprints(
-    units: Sequence[nn.Module], kept: Sequence[Keeping], *, input_shape: Sequence[int], samples: int
-) -> tuple[Footprint, ...]:
-    """Trace every unit with microbatches of `samples` images of `input_shape`.
-
-    The units do not change. Units that have no meta implementation are run on the CPU with two samples, and
-    what depends on the samples is scaled.
-    """
-    try:
-        return _trace(_on_meta(units), kept, input_shape=input_shape, samples=samples, device="meta")
-    except (NotImplementedError, RuntimeError):
-        if any(tensor.is_meta for unit in units for tensor in unit.state_dict().values()):
-            raise
-    few = _trace(
-        [copy.deepcopy(unit).cpu() for unit in units],
-        kept,
-        input_shape=input_shape,
-        samples=_FALLBACK_SAMPLES,
-        device="cpu",
-    )
-    return tuple(scaled(item, samples / _FALLBACK_SAMPLES) for item in few)
-
-
-def _trace(
     units: Sequence[nn.Module],
     kept: Sequence[Keeping],
     *,
     input_shape: Sequence[int],
     samples: int,
+    autocast_dtype: torch.dtype | None = None,
+    channels_last: bool = True,
+    cpu_kernels: bool = True,
+) -> tuple[Footprint, ...]:
+    """Trace every unit with microbatches of `samples` images of `input_shape`.
+
+    `cpu_kernels` counts what the CPU's kernels allocate for themselves; those of GPUs are not known here. The
+    units do not change. Units that have no meta implementation are run on the CPU with two samples, and what
+    depends on the samples is scaled.
+    """
+    conditions = _Conditions(tuple(input_shape), autocast_dtype, channels_last, cpu_kernels)
+    try:
+        # Autocast passes the meta device's tensors by, but not fake ones, which say that they are the CPU's.
+        with nullcontext() if autocast_dtype is None else FakeTensorMode():
+            device = "meta" if autocast_dtype is None else "cpu"
+            return _trace(_without_memory(units, device), kept, conditions, samples=samples, device=device)
+    except (NotImplementedError, RuntimeError):
+        if any(tensor.is_meta for unit in units for tensor in unit.state_dict().values()):
+            raise
+    copies = [copy.deepcopy(unit).cpu() for unit in units]
+    few = _trace(copies, kept, conditions, samples=_FALLBACK_SAMPLES, device="cpu")
+    return tuple(scaled(item, samples / _FALLBACK_SAMPLES) for item in few)
+
+
+@dataclass(frozen=True, slots=True)
+class _Conditions:
+    """How the units are run, whatever the number of samples; see `trace_footprints`."""
+
+    input_shape: tuple[int, ...]
+    autocast_dtype: torch.dtype | None
+    channels_last: bool
+    cpu_kernels: bool
+
+
+def _trace(
+    units: Sequence[nn.Module],
+    kept: Sequence[Keeping],
+    conditions: _Conditions,
+    *,
+    samples: int,
     device: str,
 ) -> tuple[Footprint, ...]:
-    keepers = [_keeper(unit, n, keeping) for n, (unit, keeping) in enumerate(zip(units, kept, strict=True))]
-    images = torch.zeros(samples, *input_shape, dtype=_dtype(units), device=device)
-    images = images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+    keepers = [
+        _keeper(unit, n, keeping, conditions.autocast_dtype)
+        for n, (unit, keeping) in enumerate(zip(units, kept, strict=True))
+    ]
+    images = torch.zeros(samples, *conditions.input_shape, dtype=_dtype(units), device=device)
+    if images.ndim == 4 and conditions.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(samples, dtype=torch.int64, device=device)
-    trace = _Trace(keepers, images, labels)
+    workspace = partial(cpu_workspace, channels_last=conditions.channels_last)
+    trace = _Trace(keepers, images, labels, workspace if conditions.cpu_kernels else None)
     lowest, made = trace.lowest_holders(from_top=True)
     highest, _ = trace.lowest_holders(from_top=False)
     passes = trace.passes(lowest, made)
@@ -129,8 +154,15 @@ def _trace(
 class _Trace:
     """The whole net as one stage, watched."""
 
-    def __init__(self, keepers: Sequence[Keeper], images: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self,
+        keepers: Sequence[Keeper],
+        images: Tensor,
+        labels: Tensor,
+        workspace: Callable[[Any, Sequence[Any]], int] | None,
+    ) -> None:
         self._keepers = keepers
+        self._workspace = workspace
         self._images = images
         self._labels = labels
         self.streams_below: list[int] = []
@@ -166,7 +198,7 @@ class _Trace:
             sum(size for m, (_, size) in enumerate(made) if lowest.get(m, count) < n)
             for n in range(count + 1)
         ]
-        with LiveBytes() as live:
+        with LiveBytes(self._workspace) as live:
             streams: Streams = (self._images,)
             flight: list[Any] = []
             for n, keeper in enumerate(body):
@@ -185,16 +217,12 @@ class _Trace:
             for n in range(count - 2, -1, -1):
                 above = sum(_bytes(g for g in unit if g is not None) for unit in grads)
                 found.gradients_below[n + 1] = _bytes(gradients)
+                keeper = body[n]
+                if not keeper.needs_outputs:
+                    streams = ()
                 found.at_backward[n] = live.live - held[n + 1] - above
                 live.reset_peak()
-                keeper = body[n]
-                down = keeper.backward(
-                    flight[n],
-                    streams if keeper.needs_outputs else None,
-                    gradients,
-                    microbatch=0,
-                    parameters=None,
-                )
+                down = keeper.backward(flight[n], streams or None, gradients, microbatch=0, parameters=None)
                 found.backward_peaks[n] = live.peak - held[n + 1] - above
                 flight[n] = None
                 streams, gradients = down.inputs, down.gradients
@@ -211,17 +239,21 @@ class _Trace:
         return head.backward(kept, None, gradients, microbatch=0, parameters=None)
 
 
-def _keeper(unit: nn.Module, index: int, keeping: Keeping) -> Keeper:
-    evaluator = Evaluator(unit, index=index, name=f"unit {index}", seed=0, device=_CPU)
+def _keeper(unit: nn.Module, index: int, keeping: Keeping, autocast_dtype: torch.dtype | None) -> Keeper:
+    evaluator = Evaluator(
+        unit, index=index, name=f"unit {index}", seed=0, device=_CPU, autocast_dtype=autocast_dtype
+    )
     return build_keeper(evaluator, keep=keeping.keep, statistics_in_forward=False, input_gradient=index > 0)
 
 
-def _on_meta(units: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return copies without memory, and without copying any."""
+def _without_memory(units: Sequence[nn.Module], device: str) -> list[nn.Module]:
+    """Return copies without memory, and without copying any: meta tensors, or fake ones of a device."""
     result = []
     for unit in units:
         tensors = [*unit.parameters(), *unit.buffers()]
-        empty = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+        empty = {
+            id(x): torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in tensors
+        }
         for parameter in unit.parameters():
             empty[id(parameter)] = nn.Parameter(empty[id(parameter)], requires_grad=parameter.requires_grad)
         result.append(copy.deepcopy(unit, memo=dict(empty)))

@@ -1,11 +1,14 @@
 """The memory of every possible stage: what must fit on a device, before anything runs.
 
     static      parameters, buffers, optimiser state, stale versions of the parameters, message buffers
-    in flight   W microbatches that wait for their backward: graphs, inputs or nothing; inputs that came by
-                message keep the message
+    in flight   W microbatches that wait for their backward: graphs, inputs or nothing
     working     the most of: a forward; the backward of one unit, with what is left of the (W+1)-th
-                microbatch, the gradients of the units above it and the message that started it; the end of
-                the backward, with all gradients and the message down
+                microbatch and the gradients that are there by then; the end of the backward, with all
+                gradients and the message down
+    received    buffers of messages: those to come, those that wait, those kept as inputs
+
+A message in a smaller number format is unpacked into tensors of its own: what is kept of it is then in
+flight, and the buffer is free again.
 
 A stage runs W forwards ahead of its backwards. Everything is a difference of prefix sums but the largest
 working set, which is a range maximum: so the whole matrix of stages is as easy as one of them.
@@ -19,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from petractl.engine.links import POSTED_AHEAD
+from petractl.planning.fitting import StageBytes
 from petractl.planning.footprint import Footprint
 from petractl.planning.optimal import cheapest_path
 
@@ -27,6 +31,8 @@ Integers = npt.NDArray[np.int64]
 OPTIMIZER_STATE = {"sgd": 1, "lars": 1, "adamw": 2}
 """Copies of the parameters that an optimiser keeps; sgd and lars: its momentum."""
 _LABEL_BYTES = 8
+_TOO_FULL = 1e6
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class StageMemory:
     working: Any
     """The largest working set, gradients included."""
     received: Any
-    """Buffers of messages that have come or will come."""
+    """Buffers of messages that have come or will come, or are kept as inputs."""
     sent: Any
     """Buffers of messages on their way."""
     data: Any
@@ -64,7 +70,7 @@ class MemoryModel:
     """The memory of stages of a net whose units were traced, under one method and batch size.
 
     `optimizer_copies` is the optimiser's state in copies of the trained parameters, `accumulation` is k,
-    `wire_scale` the bytes of a message over those of its tensors, `host_buffers` whether messages wait in the
+    `number_formats` those of messages (upwards, downwards), `host_buffers` whether messages wait in the
     memory that is counted until they are wanted (CPU) or come when there is room (GPU).
     """
 
@@ -75,11 +81,11 @@ class MemoryModel:
         samples: int,
         optimizer_copies: float = 1.0,
         accumulation: int = 1,
-        wire_scale: float = 1.0,
+        number_formats: tuple[str, str] = ("float32", "float32"),
         host_buffers: bool = True,
     ) -> None:
         self._optimizer_copies = optimizer_copies
-        self._accumulation = accumulation
+        self.accumulation = accumulation
         self._posted = POSTED_AHEAD if host_buffers else 0
         self.num_units = len(footprints)
         self._parameters = _sums(f.parameters + f.buffers for f in footprints)
@@ -88,24 +94,33 @@ class MemoryModel:
         self._kept = _sums(f.kept for f in footprints)
         self._kept_above = _array([0, *(f.kept_above for f in footprints)])
         self._needs_message = _array([*(f.needs_input for f in footprints), False])
-        labels = _LABEL_BYTES * samples
-        streams = [*(f.streams_below for f in footprints), 0]
-        self._streams = _array(streams)
-        inner = range(1, self.num_units)
-        self._up = _array([0, *(round(streams[n] * wire_scale) + labels for n in inner), 0])
-        self._down = _array([0, *(round(footprints[n].down_below * wire_scale) for n in inner), 0])
-        self._images = streams[0]
+        self._streams = _array([*(f.streams_below for f in footprints), 0])
+        self._images = int(self._streams[0])
+        self._set_messages(footprints, samples, number_formats)
         self._from_above = _array([0, *(f.at_backward for f in footprints)])
         self._backward_peak = _array([0, *(f.backward_peak for f in footprints)])
         self._forward = _array([f.forward_peak for f in footprints])
         left = self._kept[1:] - self._kept_above[1:]
-        # Sums of gradients are there from the start; the last gradient added goes when the next is there.
-        trained = _array([*(f.trained for f in footprints), 0])
-        gradients = -self._trained[1:] if accumulation == 1 else trained[1:]
-        self._most_inside = _range_maximum(_array([f.backward_peak for f in footprints]) + left + gradients)
-        self._of_head = 0 if accumulation == 1 else int(trained[-2])
+        # Sums of gradients are there from the start; a first gradient is taken over as it comes.
+        if accumulation == 1:
+            left = left - self._trained[1:]
+        self._most_inside = _range_maximum(self._backward_peak[1:] + left)
         before = self._kept[:-1] - self._kept_above[:-1]
         self._most_forward = _range_maximum(self._forward + before)
+
+    def _set_messages(
+        self, footprints: Sequence[Footprint], samples: int, number_formats: tuple[str, str]
+    ) -> None:
+        """Set what crosses the cut below each unit: in buffers, and unpacked beside them, if it has to be."""
+        labels = _LABEL_BYTES * samples
+        inner = [f.streams_below > 0 and n > 0 for n, f in enumerate(footprints)]
+        up = _array([*(f.streams_below * there for f, there in zip(footprints, inner, strict=True)), 0])
+        down = _array([*(f.down_below * there for f, there in zip(footprints, inner, strict=True)), 0])
+        upwards, downwards = (_NUMBER_BYTES[name] for name in number_formats)
+        self._up = up * upwards // 4 + labels * _array([*inner, False])
+        self._down = down * downwards // 4
+        self._up_unpacked = up if upwards < 4 else 0 * up
+        self._down_unpacked = down if downwards < 4 else 0 * down
 
     def up_bytes(self, cut: int) -> int:
         """Return the bytes of a message up over the cut below unit `cut`."""
@@ -129,16 +144,15 @@ class MemoryModel:
         `lookahead` is the stage's W; those of its neighbours (None: there is none) limit how many messages
         can wait for it.
         """
-        k, ahead = self._accumulation, lookahead
+        k, ahead = self.accumulation, lookahead
         trained = self._trained[end] - self._trained[first]
         stashed = self._stashed[end] - self._stashed[first]
         flight = self._flight(first, end)
         below = 0 if lookahead_below is None else lookahead_below - ahead + 1
         above = 0 if lookahead_above is None else ahead - lookahead_above + 1
-        # One that is held for the backward is counted there.
-        waiting = below - (self._needs_message[first] > 0) + self._posted
-        incoming = (below > 0) * waiting * self._up[first]
-        incoming = incoming + (above + self._posted * (above > 0)) * self._down[end]
+        kept_as_they_came = (self._needs_message[first] > 0) & (self._up_unpacked[first] == 0)
+        incoming = (below > 0) * (below + ahead * kept_as_they_came + self._posted) * self._up[first]
+        incoming = incoming + (above > 0) * (above + self._posted) * self._down[end]
         return StageMemory(
             parameters=self._parameters[end] - self._parameters[first],
             optimizer=np.int64(1) * np.rint(self._optimizer_copies * trained).astype(np.int64),
@@ -166,37 +180,49 @@ class MemoryModel:
         )
 
     def _flight(self, first: int | Integers, end: int | Integers) -> Any:
-        """Return what one microbatch leaves in a stage, the message that it came in included."""
+        """Return what one microbatch leaves in a stage, outside of messages' buffers."""
         inside = np.maximum(0, self._kept[end] - self._kept[first] - self._kept_above[end])
-        return inside + np.where(self._needs_message[first] > 0, self._up[first], 0)
+        return inside + np.where(self._needs_message[first] > 0, self._up_unpacked[first], 0)
 
     def _working(self, first: int | Integers, end: int | Integers, trained: Any, flight: Any) -> Any:
         """Return the largest working set above what W microbatches hold."""
-        all_gradients = trained if self._accumulation > 1 else 0
-        held = np.where(self._needs_message[first] > 0, self._up[first], 0)
+        is_last = np.asarray(end) == self.num_units
         alone = np.asarray(end) - np.asarray(first) == 1
+        sums = trained if self.accumulation > 1 else 0
+        # The messages of the operation: one unpacked for the backward; the last stage's began with a forward.
+        arrived = self._up_unpacked[first]
+        message = self._down_unpacked[end] + np.where(is_last, arrived, 0)
+        held = np.where(self._needs_message[first] > 0, arrived, 0)
         # The top unit finds in a message what the others get from the unit above them.
-        from_message = np.where(
-            np.asarray(end) == self.num_units, np.where(alone, self._streams[first], 0), self._from_above[end]
-        )
-        top = self._backward_peak[end] - from_message + flight + all_gradients
-        gradients = all_gradients if self._accumulation > 1 else self._trained[end]
-        inside = self._most_inside[first, np.maximum(end - 1, first)] - self._kept[first] + held + gradients
-        inside = inside + np.where(np.asarray(end) == self.num_units, self._of_head, 0)
-        finish = np.where(np.asarray(first) == 0, 0, 2 * self._streams[first]) + trained
-        bottom = self._forward[np.minimum(first, self.num_units - 1)] - self._streams[first] + all_gradients
+        from_message = np.where(is_last, np.where(alone, self._streams[first], 0), self._from_above[end])
+        top = self._backward_peak[end] - from_message + flight - np.where(is_last, held, 0) + message + sums
+        gradients = sums if self.accumulation > 1 else self._trained[end]
+        inside = self._most_inside[first, np.maximum(end - 1, first)] - self._kept[first] + gradients
+        inside = inside + np.where(is_last, 0, held) + message
+        ends = 2 - (self._needs_message[first] > 0) * (self._up_unpacked[first] == 0)
+        finish = np.where(np.asarray(first) == 0, 0, ends * self._streams[first]) + trained + message
+        bottom = self._forward[np.minimum(first, self.num_units - 1)] - self._streams[first] + arrived + sums
         above = np.minimum(np.asarray(first) + 1, end)
-        forward = self._most_forward[above, end] - self._kept[first] + held + all_gradients
+        forward = self._most_forward[above, end] - self._kept[first] + arrived + sums
         return np.maximum.reduce(np.broadcast_arrays(top, inside, finish, bottom, forward))
 
 
-def cuts_by_memory(model: MemoryModel, lookahead: Sequence[int]) -> tuple[int, ...]:
-    """Return the cuts whose fullest stage holds the least."""
-    return cheapest_path(
-        lambda stage, rows, columns: model.bytes_of(lookahead, stage)[rows, columns],
-        num_units=model.num_units,
-        num_stages=len(lookahead),
-    )[1]
+def cuts_by_memory(
+    model: MemoryModel, lookahead: Sequence[int], *, limits: Sequence[int | None] = ()
+) -> tuple[int, ...]:
+    """Return the cuts whose fullest stage holds the least, as a share of its device where limits are given.
+
+    What fits comes before what does not; a device of unknown memory counts as the largest one.
+    """
+    sizes = StageBytes(model)
+    largest = max((limit for limit in limits if limit is not None), default=1)
+
+    def share(stage: int, rows: slice, columns: slice) -> npt.NDArray[np.float64]:
+        limit = limits[stage] if limits else None
+        shares = sizes.of(lookahead, stage)[rows, columns] / (largest if limit is None else limit)
+        return shares if limit is None else np.where(shares > 1.0, shares + _TOO_FULL, shares)
+
+    return cheapest_path(share, num_units=model.num_units, num_stages=len(lookahead))[1]
 
 
 def _neighbours(lookahead: Sequence[int], stage: int) -> dict[str, Any]:

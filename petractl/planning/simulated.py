@@ -1,7 +1,8 @@
 """What a simulation is asked and what it answers."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -70,13 +71,18 @@ class Case:
     jitter: float
     seed: int
     num_microbatches: int | None
+    chunks: tuple[StageTimes, ...] | None = None
+    """The stages of an interleaved pipeline, two per process; None: each process's times in two halves."""
 
     def check(self) -> None:
         """Raise a ValueError for numbers out of range."""
         if not self.times:
             raise ValueError("there is no stage")
-        if any(min(time.forward_s, time.backward_s, time.update_s) < 0.0 for time in self.times):
+        everything = [*self.times, *(self.chunks or ())]
+        if any(min(time.forward_s, time.backward_s, time.update_s) < 0.0 for time in everything):
             raise ValueError("times must not be negative")
+        if not all(map(math.isfinite, (time.busy_s + time.update_s for time in everything))):
+            raise ValueError("times must be finite")
         if any(time.busy_s <= 0.0 for time in self.times):
             raise ValueError("every stage needs a positive time")
         if self.accumulation < 1 or (self.num_microbatches is not None and self.num_microbatches < 1):
@@ -90,17 +96,9 @@ class Case:
 
     def halves(self) -> tuple[StageTimes, ...]:
         """Return the times of two stages per process, in the order of the stages."""
-        half = tuple(
-            StageTimes(
-                forward_s=time.forward_s / 2,
-                backward_s=time.backward_s / 2,
-                update_s=time.update_s / 2,
-                message_up_bytes=time.message_up_bytes,
-                message_down_bytes=time.message_down_bytes,
-            )
-            for time in self.times
-        )
-        return half * 2
+        if self.chunks is not None:
+            return self.chunks
+        return tuple(time.on_device(2.0) for time in self.times) * 2
 
     @property
     def limit_per_s(self) -> float:
@@ -111,6 +109,16 @@ class Case:
     def slot_s(self) -> Vector:
         """What each stage computes per microbatch, its part of the update included."""
         return np.array([time.busy_s + time.update_s / self.accumulation for time in self.times])
+
+
+def together(first: StageTimes, second: StageTimes) -> StageTimes:
+    """Return the times of a process that holds two stages, its messages those of the first."""
+    return replace(
+        first,
+        forward_s=first.forward_s + second.forward_s,
+        backward_s=first.backward_s + second.backward_s,
+        update_s=first.update_s + second.update_s,
+    )
 
 
 def stage_results(

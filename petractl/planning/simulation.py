@@ -20,10 +20,11 @@ from petractl.planning.exact_schedules import WEIGHT_SHARE, Step, exact_steps
 from petractl.planning.exact_simulation import INTERLEAVED, simulate_exact
 from petractl.planning.execution import execute
 from petractl.planning.least import least_lookahead
-from petractl.planning.simulated import Case, Simulated, stage_results
+from petractl.planning.simulated import Case, Simulated, stage_results, together
 from petractl.planning.times import Link, Span, StageTimes, links_between
 
 _SHORT_LAP = 1000
+_MOST_AHEAD = 65536
 _MICROBATCHES = 500
 """At least so many are measured, and ten times as many with jitter."""
 
@@ -38,20 +39,28 @@ def simulate(
     slack: int = 0,
     jitter: float = 0.0,
     seed: int = 0,
+    chunks: Sequence[StageTimes] | None = None,
 ) -> Simulated:
     """Return how a schedule fares: steadily, or over an epoch of `num_microbatches`.
 
     `schedule` is "tight", "paper", "least", "sequential" (plain model parallelism), a list of lookaheads, or
     an exact pipeline of `EXACT_SCHEDULES`. With "interleaved-1f1b", `times` are of processes, each of which
-    is cut into two equal stages. `jitter` is the relative standard deviation of every operation's time.
+    is cut into two equal stages, unless the stages are given as `chunks`: twice as many, of which process p
+    has p and p + P. `jitter` is the relative standard deviation of every operation's time.
 
     Raises:
         ValueError: an unknown name, a list that is not valid, or numbers out of range.
     """
-    case = Case(
-        tuple(times), links_between(link, num_stages=len(times)), accumulation, jitter, seed, num_microbatches
+    case = _case(
+        schedule,
+        times,
+        chunks=chunks,
+        link=link,
+        accumulation=accumulation,
+        jitter=jitter,
+        seed=seed,
+        num_microbatches=num_microbatches,
     )
-    case.check()
     if isinstance(schedule, str) and schedule in EXACT_SCHEDULES:
         return simulate_exact(schedule, case)
     lookahead = resolve_lookahead(schedule, times, link=link, accumulation=accumulation, slack=slack)
@@ -70,16 +79,23 @@ def timeline(
     slack: int = 0,
     jitter: float = 0.0,
     seed: int = 0,
+    chunks: Sequence[StageTimes] | None = None,
 ) -> tuple[Span, ...]:
     """Return every operation of an epoch, in the order in which they start; arguments as in `simulate`.
 
     An exact pipeline runs whole updates: at least `num_microbatches`. With jitter it is another draw of times
     than `simulate`'s.
     """
-    case = Case(
-        tuple(times), links_between(link, num_stages=len(times)), accumulation, jitter, seed, num_microbatches
+    case = _case(
+        schedule,
+        times,
+        chunks=chunks,
+        link=link,
+        accumulation=accumulation,
+        jitter=jitter,
+        seed=seed,
+        num_microbatches=num_microbatches,
     )
-    case.check()
     spans: list[Span] = []
     if isinstance(schedule, str) and schedule in EXACT_SCHEDULES:
         groups = -(-num_microbatches // accumulation)
@@ -112,8 +128,44 @@ def resolve_lookahead(
         ValueError: an unknown name or a list that is not valid.
     """
     if schedule == "least":
-        return least_lookahead(times, link=link, accumulation=accumulation)
-    return lookaheads(schedule, num_stages=len(times), slack=slack)
+        found = least_lookahead(times, link=link, accumulation=accumulation)
+    else:
+        found = lookaheads(schedule, num_stages=len(times), slack=slack)
+    if found[0] > _MOST_AHEAD:
+        raise ValueError(f"{found[0]:,} microbatches ahead are too many: at most {_MOST_AHEAD:,}")
+    return found
+
+
+def _case(
+    schedule: str | Sequence[int],
+    times: Sequence[StageTimes],
+    *,
+    chunks: Sequence[StageTimes] | None,
+    link: Link | Sequence[Link],
+    accumulation: int,
+    jitter: float,
+    seed: int,
+    num_microbatches: int | None,
+) -> Case:
+    """Return what is simulated, checked; chunks are for interleaved pipelines alone."""
+    links = links_between(link, num_stages=len(times))
+    if schedule != INTERLEAVED:
+        chunks = None
+    if chunks is not None:
+        if len(chunks) != 2 * len(times):
+            raise ValueError(f"{len(chunks)} stages for {len(times)} processes: give two each")
+        times = [together(*pair) for pair in zip(chunks[: len(times)], chunks[len(times) :], strict=True)]
+    case = Case(
+        times=tuple(times),
+        links=links,
+        accumulation=accumulation,
+        jitter=jitter,
+        seed=seed,
+        num_microbatches=num_microbatches,
+        chunks=None if chunks is None else tuple(chunks),
+    )
+    case.check()
+    return case
 
 
 def _steady(name: str, lookahead: tuple[int, ...], case: Case) -> Simulated:

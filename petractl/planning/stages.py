@@ -2,63 +2,12 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from petractl.engine.assembly import stage_bounds
 from petractl.events import StagePlan
 from petractl.methods.family import Keep, Keeping
-from petractl.planning.costing import Clock, cuts_by_time
 from petractl.planning.flops import UnitCost
-from petractl.planning.footprint import trace_footprints
-from petractl.planning.memory import OPTIMIZER_STATE, MemoryModel, cuts_by_memory
 from petractl.planning.net import FORWARDS
-from petractl.planning.partition import check_stages, partition, partition_uniform
-
-
-def planned_cuts(
-    units: Sequence[nn.Module],
-    costs: Sequence[UnitCost],
-    *,
-    kept: Sequence[Keeping],
-    lookahead: Sequence[int],
-    balance: str,
-    input_shape: Sequence[int],
-    batch_size: int,
-    accumulation: int,
-    optimizer: str,
-    clock: Clock,
-) -> tuple[int, ...]:
-    """Return the first units of stages 1 ... J-1, one for each of `lookahead`, by any balance.
-
-    "time" measures, on the clock's device, unless it finds the times in its cache: so where several processes
-    need the same cuts, one of them decides. "memory" needs the stages' lookahead. The others are
-    `balanced_cuts`.
-
-    Raises:
-        UserError: more stages than units.
-    """
-    stages = len(lookahead)
-    if balance not in ("time", "memory"):
-        return balanced_cuts(costs, kept=kept, num_stages=stages, balance=balance)
-    check_stages(len(units), stages)
-    if balance == "time":
-        return cuts_by_time(
-            units,
-            kept,
-            costs,
-            num_stages=stages,
-            input_shape=input_shape,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            clock=clock,
-        )
-    model = MemoryModel(
-        trace_footprints(units, kept, input_shape=input_shape, samples=batch_size),
-        samples=batch_size,
-        optimizer_copies=OPTIMIZER_STATE.get(optimizer, 2),
-        accumulation=accumulation,
-    )
-    return cuts_by_memory(model, lookahead)
+from petractl.planning.partition import partition, partition_uniform
 
 
 def balanced_cuts(

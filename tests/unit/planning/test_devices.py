@@ -46,7 +46,10 @@ def test_what_is_unknown_is_not_guessed() -> None:
         ("tflops = true", "no positive number"),
         ("memory_gib = 0", "no device"),
         ("tflops = [", "not valid TOML"),
-        ("count = 1.5", "no whole number"),
+        ("count = 1.5", "no number of devices"),
+        ("count = 1000000", "no number of devices"),
+        ("tflops = nan", "no positive number"),
+        ("memory_gib = inf", "no positive number"),
         ("other = 1\n[[device]]\nname = 'a'", "must hold one device"),
     ],
 )
@@ -60,7 +63,7 @@ def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
 def test_wrong_names_and_numbers() -> None:
     with pytest.raises(UserError, match='no device is called "a1000"'):
         devices_of("a1000", count=1)
-    with pytest.raises(UserError, match="2 devices are listed, but there are 3 GPUs"):
+    with pytest.raises(UserError, match="2 devices are listed, and 3 are needed"):
         devices_of("t4:2", count=3)
     with pytest.raises(UserError, match="cannot be read"):
         devices_of("missing.toml", count=1)
