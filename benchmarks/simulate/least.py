@@ -103,7 +103,7 @@ def row(times: Sequence[StageTimes], *, latency: float, accumulation: int) -> tu
             assert schedule != "least" or result.microbatches_per_s >= 0.99 * limit, cells
         if not link.latency_s:
             verdict = "below tight" if ahead["least"] < ahead["tight"] else "equal to tight"
-            assert ahead["least"] <= ahead["tight"] or accumulation > 1, cells
+            assert ahead["least"] <= ahead["tight"], cells
             assert pair <= 1.0 or ahead["least"] >= ahead["tight"], cells
     return cells, verdict
 

@@ -5,28 +5,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from petractl.data.writing.watching import Watch
+
 LINE_EVERY_S = 10.0
 
 
-class Watch(Protocol):
-    """Told of progress, from any thread."""
-
-    def begin(self, what: str, total: int) -> None:
-        """A piece of work of `total` samples begins; the one before it is done."""
-        ...
-
-    def advance(self, samples: int) -> None:
-        """So many more are done."""
-        ...
-
-
 @contextmanager
-def shown_progress() -> Iterator[Watch]:
+def shown_progress() -> "Iterator[Watch]":
     """Show what the watch is told, as long as the block lasts."""
     if not sys.stderr.isatty():
         yield _Lines()

@@ -39,16 +39,16 @@ def _gpu(name: str, *, tflops: float, gigabytes: int, link_gb_per_s: float | Non
     return DeviceSpec(name, tflops, gigabytes * 10**9, bandwidth)
 
 
-# Sources. "GCP": the FP32 peaks, memory and NVLink that Google Cloud tabulates for its GPUs, after
-# NVIDIA's data sheets. PCIe 4.0 x16: 64 GB/s over both directions (NVIDIA's data sheets of A40 and L40S).
+# Sources: NVIDIA's published figures, read in reprints of its data sheets (A40, L40S, A100) and in tables of
+# cloud vendors ("cloud"), not in the sheets themselves. PCIe 4.0 x16: 64 GB/s over both directions.
 DEVICES: dict[str, DeviceSpec] = {
     spec.name: spec
     for spec in (
-        # GCP; six NVLinks of 25 GB/s each way. All six only through an NVSwitch: in a DGX-1 two neighbours
+        # Cloud; six NVLinks of 25 GB/s each way. All six only through an NVSwitch: in a DGX-1 two neighbours
         # share one or two of them, 25 or 50 GB/s.
         _gpu("v100-16gb", tflops=15.7, gigabytes=16, link_gb_per_s=150.0),
         _gpu("v100-32gb", tflops=15.7, gigabytes=32, link_gb_per_s=150.0),
-        # GCP; PCIe 3.0 x16, for which no figure was found in a data sheet.
+        # Cloud; PCIe 3.0 x16, for which no figure was found in a data sheet.
         _gpu("t4", tflops=8.1, gigabytes=16, link_gb_per_s=None),
         # 9,216 cores x 2 x 1.695 GHz = 31.2; PCIe 4.0 x16.
         _gpu("a10", tflops=31.2, gigabytes=24, link_gb_per_s=32.0),
@@ -57,11 +57,11 @@ DEVICES: dict[str, DeviceSpec] = {
         # NVIDIA's data sheet of the A100, SXM: NVLink of 600 GB/s both ways.
         _gpu("a100-40gb", tflops=19.5, gigabytes=40, link_gb_per_s=300.0),
         _gpu("a100-80gb", tflops=19.5, gigabytes=80, link_gb_per_s=300.0),
-        # GCP; PCIe 4.0 x16.
+        # Cloud; PCIe 4.0 x16.
         _gpu("l4", tflops=30.3, gigabytes=24, link_gb_per_s=32.0),
         # NVIDIA's data sheet of the L40S.
         _gpu("l40s", tflops=91.6, gigabytes=48, link_gb_per_s=32.0),
-        # GCP; H100 SXM, NVLink of 900 GB/s both ways. The H200 is the same chip with other memory.
+        # Cloud; H100 SXM, NVLink of 900 GB/s both ways. The H200 is the same chip with other memory.
         _gpu("h100-80gb", tflops=67.0, gigabytes=80, link_gb_per_s=450.0),
         _gpu("h200-141gb", tflops=67.0, gigabytes=141, link_gb_per_s=450.0),
         # 10,496 cores x 2 x 1.695 GHz = 35.6 and 16,384 x 2 x 2.52 GHz = 82.6; PCIe without peer-to-peer.

@@ -10,8 +10,10 @@ and, as all cycles of the dependencies are made of these round trips, it takes n
 microbatch per max T, thus needs W_j >= W_l + S(j, l) / max T - 1 for every l > j. From the last stage (W = 0)
 to the first these bounds give the smallest W of all that are valid, each stage's at once.
 
-An update is counted in full with every round trip: exact for k = 1, and for k > 1 as good as exact while an
-update is short beside a microbatch (with an update of a tenth of it, within 1 % of full throughput).
+Every round trip of stage j meets an update of it for k = 1; for k > 1 some do and some do not, and no formula
+this short says which matter. So W is computed with a part of the update in every round trip, from a k-th up
+to all of it (and, for updates longer than a microbatch, more), and the first W is taken with which the
+stages, run round by round, have full throughput.
 """
 
 import math
@@ -20,9 +22,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from petractl.planning.rounds import Rounds
 from petractl.planning.times import Link, StageTimes, limit_per_s, links_between
 
 _ROUNDING = 1e-9  # a round trip that takes a whole number of periods must not ask for one more
+_PARTS = (0.25, 0.5, 0.75)
+"""Of an update, tried in this order between a k-th and all of it."""
+_LONGER = (0.1, 0.2, 0.4, 0.8, 1.6)
+_SLOWER, _ROUNDS, _MOST_TRIED = 1e-3, 200, 4096
 
 
 def least_lookahead(
@@ -43,13 +50,52 @@ def least_lookahead(
     if any(time.busy_s <= 0.0 for time in times):
         raise ValueError("every stage needs a positive time")
     period = bound_s(times, links, accumulation=accumulation)
-    trips = _RoundTrips(times, links)
+    whole = _smallest(times, links, period, margin=margin)
+    if accumulation == 1 or whole[0] > _MOST_TRIED or not any(time.update_s for time in times):
+        return whole
+    found = whole
+    for part, more in _tries(accumulation):
+        found = _smallest(times, links, period, margin=(1.0 + margin) * (1.0 + more) - 1.0, update_part=part)
+        if _measured_s(found, times, links, accumulation=accumulation) <= period * (1.0 + _SLOWER):
+            break
+    return found
+
+
+def _tries(accumulation: int) -> list[tuple[float, float]]:
+    """Return (part of an update in each round trip, what makes round trips longer), the least first."""
+    parts = [1.0 / accumulation, *(part for part in _PARTS if part > 1.0 / accumulation), 1.0]
+    return [*((part, 0.0) for part in parts), *((1.0, more) for more in _LONGER)]
+
+
+def _smallest(
+    times: Sequence[StageTimes],
+    links: Sequence[Link],
+    period: float,
+    *,
+    margin: float,
+    update_part: float = 1.0,
+) -> tuple[int, ...]:
+    """Return the smallest W whose round trips, with that part of an update each, fit into `period`."""
+    trips = _RoundTrips(times, links, update_part=update_part)
     lookahead = np.zeros(len(times), dtype=np.int64)
     for j in range(len(times) - 2, -1, -1):
         periods = trips.beyond(j) * (1.0 + margin) / period
         needed = lookahead[j + 1 :] + np.ceil(periods * (1.0 - _ROUNDING)).astype(np.int64) - 1
         lookahead[j] = max(int(needed.max()), int(lookahead[j + 1]))
     return tuple(int(w) for w in lookahead)
+
+
+def _measured_s(
+    lookahead: Sequence[int], times: Sequence[StageTimes], links: Sequence[Link], *, accumulation: int
+) -> float:
+    """Return the seconds per microbatch when the stages are run round by round, the filled pipe's."""
+    lap = accumulation * -(-(lookahead[0] + 1) // accumulation)
+    settle, measured = 4 * lap, lap * max(1, -(-_ROUNDS // lap))
+    rounds = Rounds(times, links)
+    rounds.run(lookahead, accumulation=accumulation, stop=settle)
+    began = rounds.backward_end_s
+    rounds.run(lookahead, accumulation=accumulation, first=settle, stop=settle + measured)
+    return float(np.max(rounds.backward_end_s - began)) / measured
 
 
 def period_s(
@@ -59,7 +105,7 @@ def period_s(
     link: Link | Sequence[Link] = Link(),  # noqa: B008 (a frozen value)
     accumulation: int = 1,
 ) -> float:
-    """Return the seconds per microbatch in the steady state of a lookahead."""
+    """Return the seconds per microbatch in the steady state of a lookahead; for k > 1, at most so many."""
     links = links_between(link, num_stages=len(times))
     ahead: npt.NDArray[np.int64] = np.array(lookahead, dtype=np.int64)
     trips = _RoundTrips(times, links)
@@ -82,7 +128,9 @@ def bound_s(times: Sequence[StageTimes], links: Sequence[Link], *, accumulation:
 class _RoundTrips:
     """S(j, l): from stage j up to stage l and back."""
 
-    def __init__(self, times: Sequence[StageTimes], links: Sequence[Link]) -> None:
+    def __init__(
+        self, times: Sequence[StageTimes], links: Sequence[Link], *, update_part: float = 1.0
+    ) -> None:
         ways = [
             2.0 * link.latency_s
             + link.occupied_s(times[i].message_up_bytes)
@@ -91,7 +139,7 @@ class _RoundTrips:
         ]
         self._busy = np.cumsum([0.0, *(time.busy_s for time in times)])
         self._ways = np.cumsum([0.0, *ways])
-        self._update_s = [time.update_s for time in times]
+        self._update_s = [update_part * time.update_s for time in times]
 
     def beyond(self, j: int) -> npt.NDArray[np.float64]:
         """Return S(j, l) for l = j + 1 ... J-1."""

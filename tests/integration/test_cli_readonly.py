@@ -15,7 +15,7 @@ import tomli
 from typer.testing import CliRunner, Result
 
 import petractl
-from petractl.cli.app import COMMANDS, app
+from petractl.cli.app import COMMANDS, GROUPS, app
 from petractl.errors import RunError, UserError
 
 PYTHON = [sys.executable, "-m", "petractl"]
@@ -82,12 +82,12 @@ def results(monkeypatch) -> ModuleType:
 def test_help_lists_every_command() -> None:
     result = call("--help")
     assert result.exit_code == 0
-    for command in COMMANDS:
+    for command in (*COMMANDS, *GROUPS):
         assert f"  {command.name} " in result.stdout
     assert "..." not in result.stdout.partition("Commands:")[2], "a summary is cut off"
 
 
-@pytest.mark.parametrize("command", [command.name for command in COMMANDS])
+@pytest.mark.parametrize("command", [command.name for command in (*COMMANDS, *GROUPS)])
 def test_every_command_explains_itself(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0

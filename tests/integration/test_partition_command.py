@@ -62,7 +62,8 @@ def test_the_table() -> None:
     assert "x plain model parallelism" in result.stdout
     assert "the best exact pipeline" in result.stdout
     assert "replicas x stages:" in result.stdout
-    assert "other numbers of devices:" in result.stdout
+    assert "other numbers of devices, in one pipeline:" in result.stdout
+    assert any(line.startswith("8 *") for line in lines), "the devices asked about"
     assert 'schedule = "least": lookahead' in result.stdout
 
 
@@ -76,11 +77,36 @@ def test_replicas_and_the_links_between_them(tmp_path: Path) -> None:
     assert "not in it" not in known.stdout
     free, paid = (found_rate(unknown.stdout), found_rate(known.stdout))
     assert paid < free
+    assert "of 4 stages (backprop)" in known.stdout, "what it is compared with has all devices"
+    assert "[engine]\nreplicas = 2" in known.stdout
 
 
 def found_rate(text: str) -> float:
     (line,) = [line for line in text.splitlines() if "with 2 replicas" in line]
-    return float(line.split(" images/s, ")[1].split()[0].replace(",", ""))
+    return float(line.split("predicted: ")[1].split()[0].replace(",", ""))
+
+
+def test_replicas_are_compared_with_all_devices() -> None:
+    arguments = ["--model", "revnet18", "--gpus", "4", "--flops"]
+    one, two = (found(*arguments, "--replicas", n)["predicted"] for n in ("1", "2"))
+    for key in ("best_exact", "best_exact_accumulation", "compared_stages"):
+        assert one[key] == two[key]
+    for key in ("speedup_over_model_parallel", "speedup_over_best_exact"):
+        assert one[key] / one["images_per_s"] == pytest.approx(two[key] / two["images_per_s"])
+
+
+def test_exact_pipelines_that_do_not_fit_are_not_compared_with() -> None:
+    arguments = ["--model", "revnet34", "--gpus", "8", "--flops", "--memory-gib"]
+    tight = found(*arguments, "2.6")["predicted"]
+    assert tight["best_exact"] is None
+    assert tight["speedup_over_best_exact"] is None
+    assert tight["best_exact_needs_bytes"] > 2.6 * 2**30
+    shown = partition(*arguments, "2.6")
+    assert "no exact pipeline fits to compare with: it needs devices of" in shown.stdout
+    ample = found(*arguments, "200")["predicted"]
+    assert ample["best_exact_needs_bytes"] is None
+    free = found(*arguments[:-1])["predicted"]
+    assert ample["speedup_over_best_exact"] == pytest.approx(free["speedup_over_best_exact"])
 
 
 def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch) -> None:
@@ -101,6 +127,60 @@ def test_write(tmp_path: Path) -> None:
     other = partition("--model", "revnet18", "--gpus", "2", "--flops", "--write", str(path))
     assert other.exit_code == 2
     assert 'its model is "revnet34"' in other.stderr
+
+
+def written(tmp_path: Path, text: str, *arguments: str) -> tuple[Result, dict]:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    result = partition("--gpus", "4", "--flops", "--write", str(path), *arguments)
+    return result, tomli.loads(path.read_text())
+
+
+def test_replicas_are_written(tmp_path: Path) -> None:
+    text = '[model]\nname = "revnet34"\n[data]\n[method]\n[engine]\nreplicas = 4\n'
+    result, recipe = written(tmp_path, text, "--model", "revnet34", "--replicas", "2")
+    assert result.exit_code == 0, result.output
+    assert recipe["engine"]["replicas"] == 2
+    assert len(recipe["partition"]["cuts"]) == 1
+    assert "warning" not in result.stderr
+    result, recipe = written(tmp_path, text, "--model", "revnet34")
+    assert recipe["engine"]["replicas"] == 4
+    assert "engine.replicas = 4 (planned: 1)" in result.stderr
+
+
+def test_a_recipe_of_other_settings_is_warned_of(tmp_path: Path) -> None:
+    text = (
+        '[model]\nname = "revnet34"\nwidth = 32\nclasses = 10\nstem = "cifar"\n[data]\nbatch_size = 8\n'
+        '[method]\nname = "delayed"\nkeep = "inputs"\naccumulation = 4\n[engine]\nschedule = "paper"\n'
+        '[optimizer]\nname = "adamw"\n'
+    )
+    result, recipe = written(tmp_path, text, "--model", "revnet34", "--stem", "imagenet")
+    assert result.exit_code == 0, result.output
+    assert len(recipe["partition"]["cuts"]) == 3
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    for said in (
+        "model.width = 32 (planned: 64)",
+        "model.classes = 10 (planned: 1000)",
+        "model.stem = cifar (planned: imagenet)",
+        "data.batch_size = 8 (planned: 64)",
+        "method.name = delayed (planned: petra)",
+        "method.accumulation = 4 (planned: 1)",
+        "engine.schedule = paper (planned: auto)",
+        "optimizer.name = adamw (planned: sgd)",
+    ):
+        assert said in line
+    same = ["--width", "32", "--classes", "10", "--stem", "cifar", "--batch", "8", "--method", "delayed"]
+    same += ["--keep", "inputs", "--accumulation", "4", "--schedule", "paper", "--optimizer", "adamw"]
+    result, _ = written(tmp_path, text, "--model", "revnet34", *same)
+    assert "warning" not in result.stderr
+
+
+def test_a_recipe_of_another_number_of_units_is_refused(tmp_path: Path) -> None:
+    text = '[model]\nname = "revnet-iso"\ndepth = 12\n[data]\n[method]\n'
+    result, recipe = written(tmp_path, text, "--model", "revnet-iso", "--image-size", "32")
+    assert result.exit_code == 2
+    assert "its net has 14 units, and the cuts are for 10" in result.stderr
+    assert "partition" not in recipe
 
 
 def test_devices_and_memory() -> None:
@@ -134,12 +214,24 @@ def test_devices_and_memory() -> None:
         (["--model", "revnet18", "--gpus", "2", "--write", "."], "is a folder"),
         (["--model", "revnet18", "--gpus", "99999"], "at most 16,384"),
         (["--model", "revnet18", "--gpus", "2", "--memory-gib", "inf"], "is no memory"),
-        (["--model", "revnet18", "--gpus", "2", "--memory-gib", "0.001"], "a device has 0 GiB"),
+        (["--model", "revnet18", "--gpus", "2", "--memory-gib", "0.001"], "TFLOP/s) has 0 GiB"),
         (["--model", "revnet18", "--gpus", "2", "--schedule", "99999999,0"], "ahead are too many"),
         (["--model", "revnet18", "--gpus", "2", "--schedule", "gpipe"], 'petra does not run "gpipe"'),
         (
             ["--model", "revnet18", "--gpus", "2", "--method", "backprop", "--schedule", "tight"],
             "runs no forward ahead",
+        ),
+        (
+            ["--model", "revnet18", "--gpus", "2", "--method", "backprop", "--schedule", "interleaved-1f1b"],
+            "has two stages per device",
+        ),
+        (
+            ["--model", "revnet18", "--gpus", "4", "--method", "backprop", "--schedule", "1f1b"],
+            "at least as many microbatches per update as stages",
+        ),
+        (
+            ["--model", "revnet18", "--gpus", "2", "--schedule", "fast"],
+            "tight, paper, least, sequential, gpipe",
         ),
         (["--model", "revnet18", "--gpus", "2", "--keep", "graph"], "petra has nothing to choose"),
         (["--model", "revnet18", "--gpus", "2", "--depth", "9"], "has a depth of its own"),

@@ -1,5 +1,7 @@
 """`least`: full throughput, and nothing less keeps it; the simulator is the judge, case by case."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,3 +106,21 @@ def test_a_margin_adds_lookahead() -> None:
 def test_a_stage_without_time_is_refused() -> None:
     with pytest.raises(ValueError, match="positive"):
         least_lookahead([StageTimes(0.0, 0.0), StageTimes(1.0, 1.0)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(unbalanced(), st.integers(2, 9), st.floats(0.05, 2.0))
+def test_updates_of_several_microbatches(
+    case: tuple[list[StageTimes], list[Link]], k: int, update: float
+) -> None:
+    times = [replace(time, update_s=update * time.busy_s) for time in case[0]]
+    links = case[1]
+    found = simulate("least", times, link=links, accumulation=k)
+    assert found.microbatches_per_s >= 0.99 / bound_s(times, links, accumulation=k)
+
+
+def test_updates_in_between_cost_nothing_where_tight_is_enough() -> None:
+    # Every stage takes the same: a k-th of an update per round trip, and no microbatch more than `tight`.
+    times = [StageTimes(0.25, 0.75, 0.4)] * 6
+    assert simulate("tight", times, accumulation=4).share_of_limit > 0.999
+    assert least_lookahead(times, accumulation=4) == (5, 4, 3, 2, 1, 0)
