@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from petractl.data.cifar_batches import (
     SIDE,
@@ -24,14 +23,10 @@ from petractl.data.cifar_batches import (
 )
 from petractl.data.decode import decode_shard
 from petractl.data.download import SetMissing
-from petractl.data.places import is_shard, listing
+from petractl.data.places import SPLIT_WORDS, Split, is_shard, listing, names_split, refuse_both
 from petractl.data.shards import count_samples, expand_place
 from petractl.data.values import Samples
 from petractl.errors import DataError
-
-Split = Literal["train", "val"]
-
-_SPLIT_WORDS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("test", "val")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +70,9 @@ def _parts(kind: CifarFormat, path: Path, split: Split, *, where: str) -> list[P
 def _search(kind: CifarFormat, folder: Path, split: Split, *, named_only: bool) -> list[Part]:
     """Look for a split in a folder; shards none of which names a split count unless `named_only`."""
     shards = sorted(path for path in folder.iterdir() if is_shard(path)) if folder.is_dir() else []
-    named = [path for path in shards if _names(split, path)]
-    nameless = not any(_names(other, path) for other in _SPLIT_WORDS for path in shards)
+    refuse_both(shards)
+    named = [path for path in shards if names_split(split, path)]
+    nameless = not any(names_split(other, path) for other in SPLIT_WORDS for path in shards)
     if nameless and not named_only:
         named = shards
     if named:
@@ -88,10 +84,6 @@ def _search(kind: CifarFormat, folder: Path, split: Split, *, named_only: bool) 
             if any(file.is_file() for file in files):
                 return _batches(kind, files, pickled=not suffix)
     return []
-
-
-def _names(split: Split, path: Path) -> bool:
-    return any(word in path.name.lower() for word in _SPLIT_WORDS[split])
 
 
 def _shard(kind: CifarFormat, path: Path) -> Part:

@@ -32,7 +32,7 @@ from petractl.data.resident import ResidentSamples
 from petractl.data.shuffle import ShardShuffle
 from petractl.data.skips import DEFAULT_LIMIT, Skips
 from petractl.data.values import DataInfo, Samples
-from petractl.data.worker_processes import prepared_by_processes, usable_cores
+from petractl.data.worker_processes import prepared_by_processes, start_server, usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -201,6 +201,8 @@ class PhotographData:
         suit the number of samples.
         """
         train = self._split("train")
+        if workers:
+            start_server()
         order = TrainOrder(
             ShardShuffle(train.sizes, buffer=self.shuffle_buffer),
             batch_size=batch_size,

@@ -72,6 +72,11 @@ def open_image_folder(
         ) from error
 
 
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Return the names of the classes that a folder holds, in their order; none where there is no folder."""
+    return tuple(sorted(entry.name for entry in root.iterdir() if _is_class(entry))) if root.is_dir() else ()
+
+
 def is_image_folder(path: Path) -> bool:
     """Whether a folder holds folders, and no shard."""
     entries = list(path.iterdir()) if path.is_dir() else []
@@ -81,7 +86,7 @@ def is_image_folder(path: Path) -> bool:
 def _open(root: Path, where: str, *, extensions: Sequence[str], class_names: Sequence[str]) -> ImageFolder:
     if not root.is_dir():
         raise DataError(f"there is no folder {root}", where=where, hint=listing(root.parent))
-    here = sorted(entry.name for entry in root.iterdir() if _is_class(entry))
+    here = class_folders(root)
     if not here:
         raise DataError(f"{root} holds no folder of a class", where=where, hint=listing(root))
     strange = sorted(set(here) - set(class_names)) if class_names else []
@@ -91,7 +96,7 @@ def _open(root: Path, where: str, *, extensions: Sequence[str], class_names: Seq
             where=where,
             hint=f"its {len(class_names)} classes are {_some(class_names)}",
         )
-    names = tuple(class_names) or tuple(here)
+    names = tuple(class_names) or here
     endings = tuple("." + extension.lower() for extension in extensions)
     files = [_images(root / name, endings) if name in here else [] for name in names]
     empty = [name for name, images in zip(names, files, strict=True) if not images]

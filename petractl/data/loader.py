@@ -49,7 +49,8 @@ class TrainLoader:
 
     `steps_per_epoch` is the number of microbatches in an epoch, the largest over the replicas; `microbatches`
     that of this replica; `wait_s` the seconds, over all epochs so far, that the consumer has waited for a
-    batch; `slow_hint` what to change where that is too long.
+    batch, `start_s` those of them for the first batch of an epoch; `slow_hint` what to change where that is
+    too long.
     """
 
     def __init__(
@@ -74,9 +75,19 @@ class TrainLoader:
         return self._source.wait_s
 
     @property
+    def start_s(self) -> float:
+        """Seconds waited so far for the first batches of epochs, while workers start."""
+        return self._source.start_s
+
+    @property
     def skipped(self) -> list[BadSample]:
         """The bad samples left out so far by all loaders of the same data; it only grows."""
         return self._source.skips.samples
+
+    @property
+    def max_skipped(self) -> int:
+        """How many different ones may be left out."""
+        return self._source.skips.limit
 
     def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches `start` ... `microbatches - 1` of `epoch` (any number from 0).
@@ -151,15 +162,20 @@ class _Source:
         self._workers = workers
         self.skips = skips or Skips()
         self.wait_s = 0.0
+        self.start_s = 0.0
 
     def batches(self, picks: Iterable[Pick]) -> Generator[Batch, None, None]:
         """Yield each prepared batch; closing this ends the workers."""
         with closing(self._ahead(picks, self._preparer.prepare, workers=self._workers)) as batches:
+            is_first = True
             while True:
                 began = time.perf_counter()
                 batch = next(batches, None)
                 if batch is None:
                     return
-                self.wait_s += time.perf_counter() - began
+                waited_s = time.perf_counter() - began
+                self.wait_s += waited_s
+                self.start_s += waited_s if is_first else 0.0
+                is_first = False
                 self.skips.add(batch.skipped)
                 yield batch

@@ -5,15 +5,28 @@ There are two forms: shards, and a folder with one folder per class. Nothing is 
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from petractl.data.download import SetMissing
 from petractl.data.encoded import EncodedSamples
 from petractl.data.image_folder import is_image_folder, open_image_folder
-from petractl.data.places import SPLIT_WORDS, Split, listing, scheme, shards_in
+from petractl.data.places import (
+    SPLIT_WORDS,
+    Split,
+    find_shards,
+    listing,
+    real_place,
+    scheme,
+    shards_in,
+)
 from petractl.data.request import Request
 from petractl.data.shard_store import describe_shards, open_shards
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +82,15 @@ def find_split(name: str, split: Split, request: Request, *, remedy: str) -> Fou
     return found
 
 
-def describe_split(found: FoundSplit, request: Request) -> SplitFacts:
-    """Return what is known of a split by its index, its headers or its names; fetches no shard."""
+def describe_split(found: FoundSplit, request: Request, *, class_names: Sequence[str] = ()) -> SplitFacts:
+    """Return what is known of a split by its index, its headers or its names; fetches no shard.
+
+    `class_names`, the training set's, number the folders of the classes; none: the folders' own.
+    """
     if found.folder is not None:
-        folder = open_image_folder(found.folder, where=found.where, extensions=request.image_entries)
+        folder = open_image_folder(
+            found.folder, where=found.where, extensions=request.image_entries, class_names=class_names
+        )
         return SplitFacts(sum(folder.sizes), folder.classes, tuple(folder.class_names), store=folder)
     info = describe_shards(
         found.shards,
@@ -102,6 +120,21 @@ def open_split(found: FoundSplit, facts: SplitFacts, request: Request) -> Encode
         allow_pipe=request.allow_pipe,
         cache=request.cache,
     )
+
+
+def warn_of_shared(train: FoundSplit, val: FoundSplit, request: Request) -> None:
+    """Log a warning where files are in both splits: what is learnt by heart would pass for knowledge."""
+    shared = sorted(_files(train, request).intersection(_files(val, request)))
+    if shared:
+        more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        _log.warning("%s%s: trained on and validated on as well", shared[0], more)
+
+
+def _files(found: FoundSplit, request: Request) -> set[str]:
+    if found.folder is not None:
+        return {os.path.realpath(found.folder)}
+    shards = find_shards(found.shards, where=found.where, split=found.split, allow_pipe=request.allow_pipe)
+    return {real_place(place) for place in shards}
 
 
 def _only_folder(places: tuple[str, ...]) -> Path | None:

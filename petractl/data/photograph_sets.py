@@ -10,12 +10,20 @@ and kept.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from petractl.data.dataset import AnyData, PhotographData, Source
 from petractl.data.decoding import formats_of
-from petractl.data.photograph_places import FoundSplit, SplitFacts, describe_split, find_split, open_split
+from petractl.data.image_folder import class_folders
+from petractl.data.photograph_places import (
+    FoundSplit,
+    SplitFacts,
+    describe_split,
+    find_split,
+    open_split,
+    warn_of_shared,
+)
 from petractl.data.pixels import Pixels
 from petractl.data.places import Split
 from petractl.data.registry import register_dataset
@@ -70,20 +78,30 @@ def _source(name: str, request: Request, *, remedy: str) -> Source:
             hint="leave data.channels out (only the set 'fake' can be given it)",
         )
 
-    def find(split: Split) -> _Known:
+    def find(split: Split, class_names: Sequence[str] = ()) -> _Known:
         found = find_split(name, split, request, remedy=remedy)
-        return _Known(found, describe_split(found, request))
+        return _Known(found, describe_split(found, request, class_names=class_names))
+
+    def names_elsewhere() -> Sequence[str]:
+        # A test set alone has the training set's numbers, if that is still there.
+        with contextlib.suppress(DataError, OSError):
+            found = find_split(name, "train", request, remedy=remedy)
+            return class_folders(found.folder) if found.folder else describe_split(found, request).class_names
+        return ()
 
     def describe() -> tuple[DataInfo, _Known | None, _Known]:
         # Both are found before either is described: that can take a while.
-        for split in _splits(request):
-            find_split(name, split, request, remedy=remedy)
-        train, val = None if request.test_only else find("train"), find("val")
+        found = [find_split(name, split, request, remedy=remedy) for split in _splits(request)]
+        train = None if request.test_only else find("train")
         facts = train.facts if train else None
+        names = () if found[-1].folder is None else facts.class_names if facts else names_elsewhere()
+        val = find("val", names)
         return _info(name, request, facts, val.facts, elsewhere=lambda: find("train").facts), train, val
 
     def load() -> AnyData:
         info, train, val = describe()
+        if train:
+            warn_of_shared(train.found, val.found, request)
         return _open(replace(request, classes=info.classes), info, train, val)
 
     return Source(describe=lambda: describe()[0], load=load)

@@ -60,8 +60,9 @@ class Photographs:
     def prepare(self, pick: Pick) -> Batch:
         """Return the batch, its bad samples left out and named in it.
 
-        Raises `DataError` for a bad sample where that is to stop the run, for a batch with nothing left (in
-        training: one sample, on which batch norm cannot train), and for a set that cannot be read.
+        Raises `DataError` for a bad sample where that is to stop the run, and for a set that cannot be read;
+        in training also for a batch with nothing left, or one sample of several, on which batch norm cannot
+        train. In evaluation a batch may be left with none.
         """
         import torch
 
@@ -105,12 +106,14 @@ class Photographs:
             raise BadSample(encoded.place, encoded.key, str(error)) from error
 
     def _require_enough(self, good: list[int], bad: list[BadSample]) -> None:
-        if good and (len(good) > 1 or not self._training or not bad):
+        if not self._training or not bad or len(good) > 1:
             return
         first = bad[0]
         raise DataError(
             f"{len(bad)} of the {len(good) + len(bad)} samples of a microbatch are bad, which leaves "
             f"{len(good) or 'none'}: {first.key!r}: {first.reason}",
             where=first.place,
-            hint="look at the set with `petractl shards check`; a larger data.batch_size is less fragile",
+            hint="take the bad samples out (`petractl shards check` lists them), or set a larger "
+            "data.batch_size, data.shuffle_buffer = 0 (it spreads a damaged shard over the epoch), or "
+            "data.drop_last = true (for a small last microbatch)",
         )

@@ -1,12 +1,14 @@
 """Where the shards of a split are: paths, brace patterns, folders, indexes and URLs, in their order.
 
-A folder stands for its shards in the order of their names: those whose names hold the split's word ("train";
-"val" or "test"), else those of a subfolder of that name, else all of them where none names any split. Nothing
-is opened here but folders and indexes, and nothing is ever run: `pipe:` is refused unless it is allowed.
+A folder stands for its shards in the order of their names: those with a word that begins like the split's
+("train"; "val" or "test"), else those of a subfolder of that name, else all of them where none names any
+split. Nothing is opened here but folders and indexes, and nothing is ever run: `pipe:` is refused unless it
+is allowed.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+from petractl.data.patterns import most_names
 from petractl.data.shard_index import load_index, read_index
 from petractl.errors import DataError
 
@@ -24,6 +27,8 @@ SPLIT_WORDS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("test"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 _MAX_SHARDS = 100_000
+# At a word's start: "medieval", "latest" and "strain" say nothing. "imagenetTrain" does.
+_SPLIT_WORD = re.compile(r"(?<![A-Za-z])(train|val|test)|(?<=[a-z])(?-i:(Train|Val|Test))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +97,14 @@ def shards_in(folder: Path, split: Split | None, *, named_only: bool) -> list[Pa
     shards = _listed(folder)
     if split is None:
         return shards
+    refuse_both(shards)
     named = [path for path in shards if names_split(split, path)]
     if named:
         return named
     if not any(names_split(other, path) for other in SPLIT_WORDS for path in shards):
         for word in SPLIT_WORDS[split]:
             inner = sorted(path for path in _entries(folder) if path.is_dir() and path.name.startswith(word))
+            refuse_both(inner)
             found = [shard for path in inner for shard in _listed(path)]
             if found:
                 return found
@@ -105,9 +112,26 @@ def shards_in(folder: Path, split: Split | None, *, named_only: bool) -> list[Pa
     return []
 
 
+def splits_said(name: str) -> tuple[Split, ...]:
+    """Return the splits that a file's name says: one, none, or both."""
+    said = {word.lower() for words in _SPLIT_WORD.findall(name) for word in words}
+    return tuple(split for split, words in SPLIT_WORDS.items() if said.intersection(words))
+
+
 def names_split(split: Split, path: Path) -> bool:
     """Whether a file's name says that it belongs to a split."""
-    return any(word in path.name.lower() for word in SPLIT_WORDS[split])
+    return split in splits_said(path.name)
+
+
+def refuse_both(paths: Sequence[Path]) -> None:
+    """Raise `DataError` where a name says both splits: it could train and validate on the same samples."""
+    for path in paths:
+        if len(splits_said(path.name)) > 1:
+            raise DataError(
+                "its name says both train and val (or test), so that its split cannot be told",
+                where=str(path),
+                hint="name the shards of each split by a pattern, as a-{00..04}.tar, or rename it",
+            )
 
 
 def is_shard(path: Path) -> bool:
@@ -127,13 +151,12 @@ def scheme(place: str) -> str:
 
 def brace_names(place: str, where: str) -> list[str]:
     """Write out a brace pattern; raises `DataError` for a bad one, or one of too many names."""
-    if "{" not in place or (not scheme(place) and Path(place).expanduser().exists()):
+    if "{" not in place or (not scheme(place) and os.path.exists(Path(place).expanduser())):
         return [place]
     from braceexpand import braceexpand
 
-    # The library writes out a whole range before it yields its first name.
-    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", place)
-    too_long = any(abs(int(last) - int(first)) >= _MAX_SHARDS for first, last in ranges)
+    # The library writes out a whole range, and reads all of a long product, before it yields a name.
+    too_long = most_names(place) > _MAX_SHARDS
     try:
         names = [] if too_long else list(islice(braceexpand(place), _MAX_SHARDS + 1))
     except ValueError as error:
@@ -223,7 +246,10 @@ def _local_path(name: str, where: str) -> Path:
 
 def _of_split(names: Sequence[Path], split: Split | None) -> list[Path]:
     """Return the names of a split; all of them where none names any."""
-    if split is None or not any(names_split(other, name) for other in SPLIT_WORDS for name in names):
+    if split is None:
+        return list(names)
+    refuse_both(names)
+    if not any(names_split(other, name) for other in SPLIT_WORDS for name in names):
         return list(names)
     return [name for name in names if names_split(split, name)]
 
@@ -237,15 +263,23 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _refuse_twice(found: Sequence[ShardPlace], where: str) -> None:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for place in found:
-        if place.text in seen:
+        real = real_place(place)
+        if real in seen:
+            earlier = seen[real]
+            link = f" (it is the same file as {earlier})" if earlier != place.text else ""
             raise DataError(
-                f"{place.text} is named twice: its samples would count twice",
+                f"{place.text} is named twice{link}: its samples would count twice",
                 where=where,
                 hint="name every shard once",
             )
-        seen.add(place.text)
+        seen[real] = place.text
+
+
+def real_place(place: ShardPlace) -> str:
+    """Return the same text for the same file, whatever links lead to it."""
+    return os.path.realpath(place.text) if place.kind == "file" else place.text
 
 
 def _refused_pipe(place: str, where: str) -> DataError:

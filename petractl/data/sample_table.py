@@ -2,7 +2,8 @@
 
 As in WebDataset, members that share a key and stand together are one sample; only the entries named in the
 recipe count, whatever else is there is never read. A sample that lacks its image or its label, has it twice,
-or has no number for a label keeps its place in the table, with the reason, so that it can be counted.
+has no number for a label, or has a link in its place, keeps its place in the table, with the reason, so that
+it can be counted.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class SampleTable:
     """The samples of a shard: keys, where their images' bytes are, labels (-1: see `reasons`).
 
     `damage` says what ended the shard before its end ("": nothing); the samples before it are good. `path` is
-    the file that the offsets are of.
+    the file that the offsets are of. `overlooked` counts the members that end like an entry, but belong to no
+    sample since their keys hold a dot; `overlooked_name` is the first of them.
     """
 
-    keys: NDArray[np.bytes_]
+    # Objects, since an array of bytes would give every key the width of the longest.
+    keys: NDArray[np.object_]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -42,13 +45,15 @@ class SampleTable:
     damage: str = ""
     path: Path = Path()
     stamp: FileStamp = (0, 0)
+    overlooked: int = 0
+    overlooked_name: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def key(self, row: int) -> str:
         """Return a sample's key."""
-        return os.fsdecode(bytes(self.keys[row]))
+        return os.fsdecode(self.keys[row])
 
 
 def read_table(
@@ -71,7 +76,7 @@ def read_table(
     if damage:
         rows.drop_unfinished()
     if not damage and not rows.labels:
-        damage = _nothing_found(image_entries, label_entry, passed_over=scan.passed_over)
+        damage = _nothing_found(image_entries, label_entry, rows.overlooked)
     return rows.table(path, damage=damage, stamp=stamp)
 
 
@@ -94,6 +99,7 @@ class _Rows:
         self.sizes: list[int] = []
         self.labels: list[int] = []
         self.reasons: dict[int, str] = {}
+        self.overlooked: list[str] = []
 
     def drop_unfinished(self) -> None:
         """Forget the last sample if it lacks a part: that was lost with what followed."""
@@ -103,7 +109,7 @@ class _Rows:
 
     def table(self, path: Path, *, damage: str, stamp: FileStamp) -> SampleTable:
         return SampleTable(
-            keys=np.array(self.keys, dtype=np.bytes_),
+            keys=np.array(self.keys, dtype=np.object_),
             offsets=np.array(self.offsets, dtype=np.int64),
             sizes=np.array(self.sizes, dtype=np.int64),
             labels=np.array(self.labels, dtype=np.int64),
@@ -111,12 +117,15 @@ class _Rows:
             damage=damage,
             path=path,
             stamp=stamp,
+            overlooked=len(self.overlooked),
+            overlooked_name=next(iter(self.overlooked), ""),
         )
 
 
 def _group(members: Sequence[Member], wanted: dict[str, int], rows: _Rows, descriptor: int) -> None:
     """Make samples of members that stand together; entry 0 is the label, the others images by preference."""
     current, parts, twice = "", dict[int, Member](), ""
+    endings, dotted = tuple(f".{entry}" for entry in wanted), list[tuple[str, str]]()
     for member in members:
         name = member.name
         start = name.rfind("/") + 1
@@ -126,6 +135,8 @@ def _group(members: Sequence[Member], wanted: dict[str, int], rows: _Rows, descr
             continue
         rank = wanted.get(name[dot + 1 :].lower())
         if rank is None:
+            if name.lower().endswith(endings):
+                dotted.append((name[:dot], name))
             continue
         key = name[:dot]
         if key != current:
@@ -137,6 +148,10 @@ def _group(members: Sequence[Member], wanted: dict[str, int], rows: _Rows, descr
         parts[rank] = member
     if parts:
         _add(rows, current, parts, twice, wanted, descriptor)
+    if dotted:
+        # One more entry of a sample (0.mask.png beside 0.jpg) is nobody's loss.
+        known = {os.fsdecode(key) for key in rows.keys}
+        rows.overlooked = [name for key, name in dotted if key not in known]
 
 
 def _add(
@@ -144,7 +159,10 @@ def _add(
 ) -> None:
     label, reason = -1, ""
     image = parts[min(rank for rank in parts if rank)] if len(parts) > (0 in parts) else None
-    if twice:
+    faulty = next(((rank, part) for rank, part in parts.items() if part.fault), None)
+    if faulty:
+        reason = f"its entry .{list(wanted)[faulty[0]]} cannot be read: {faulty[1].fault}"
+    elif twice:
         reason = f"it has two entries .{twice}"
     elif image is None:
         reason = f"it has no image ({_entry_names(list(wanted)[1:], key)})"
@@ -176,8 +194,8 @@ def _label(member: Member, descriptor: int) -> tuple[int, str]:
     return int(number[1]), ""
 
 
-def _nothing_found(image_entries: Sequence[str], label_entry: str, *, passed_over: int) -> str:
+def _nothing_found(image_entries: Sequence[str], label_entry: str, overlooked: Sequence[str]) -> str:
     what = f"it holds no sample with {' or '.join('.' + entry for entry in image_entries)} and .{label_entry}"
-    if passed_over:
-        what += f" ({passed_over} members were passed over: links, devices, or names that lead out of it)"
+    if overlooked:
+        what += f" ({overlooked[0]!r}: a key ends at its first dot, all that follows is the entry)"
     return what

@@ -4,6 +4,7 @@ To read any sample by its place, a shard must lie uncompressed on a disk of this
 or unpacked once, into a folder shared by all runs, under a name made of where it is from and which version
 that was (bytes and time of change, or the server's tag). A lock lets one process at a time make a copy, and a
 copy has its name only when it is complete. URLs are read through fsspec, whatever it has installed for them.
+The output of a pipe has no version: its copy stays until it is deleted by hand.
 """
 
 from __future__ import annotations
@@ -14,23 +15,39 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from petractl.data.compression import compression, uncompressed, unpacking_errors
-from petractl.data.places import ShardPlace
+from petractl.data.places import ShardPlace, scheme
 from petractl.data.shard_index import INDEX_NAME, ShardEntry, ShardIndex, parse_index
 from petractl.errors import DataError
 
 _log = logging.getLogger(__name__)
 
 _CHUNK = 2**20
+_CHUNKS_PER_LOOK = 32
+_ROOM_BYTES = 2**30
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created", "size")
 """What the file systems of fsspec call the version of a file."""
+
+_PACKAGES = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+}
+"""What fsspec needs for the schemes that shards are often under."""
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -56,7 +73,11 @@ class ShardCache:
             return self._made(place, "", lambda target: _run(place.text, target))
         if place.kind == "url":
             remote = _Remote(place.text)
-            version = str(remote.info())
+            found = remote.info()
+            version = str(found)
+            if entry and not found.keys() - {"size"}:
+                # A server that tells no version may have another file of the same size.
+                version += entry.sha256
             return self._made(place, version, lambda target: remote.fetch(target, entry))
         path = Path(place.text)
         try:
@@ -71,6 +92,11 @@ class ShardCache:
             version,
             lambda target: _unpack(path, target, place.text),
         )
+
+    def drop(self, place: ShardPlace, path: Path) -> None:
+        """Delete the copy of a shard; the shard itself, read in its place, stays."""
+        if path.parent == self._folder and path != Path(place.text):
+            path.unlink(missing_ok=True)
 
     def index_of(self, folder: str) -> ShardIndex | None:
         """Return the index in the folder of a URL, None if there is none."""
@@ -125,7 +151,8 @@ class _Remote:
         try:
             self._files, self._path = import_module("fsspec.core").url_to_fs(url)
         except ImportError as error:
-            hint = "`pip install fsspec` and what it names, or download the shards"
+            needed = _PACKAGES.get(scheme(url).lower(), "and what it names")
+            hint = f"`pip install fsspec {needed}`, or download the shards"
             raise self._error(error, hint) from None
         except Exception as error:
             raise self._error(error, "check its scheme and address") from error
@@ -140,6 +167,7 @@ class _Remote:
         """Copy the file; raises `DataError` for what is not the file that it should be, else `OSError`."""
         size = self.info().get("size")
         _log.info("fetching %s", self._url)
+        _require_room(target.parent, int(size or 0))
         with self._explained(writing=True):
             # A path, not an open file: not every file system of fsspec takes one.
             self._files.get_file(self._path, str(target))
@@ -212,10 +240,22 @@ def _unpack(path: Path, target: Path, name: str) -> None:
     """Unpack a file; raises `DamagedShard`, or `OSError` where the target cannot be written."""
     _log.info("unpacking %s", name)
     with uncompressed(path) as source, target.open("wb") as file:
-        while chunk := _chunk(source, name):
+        for number in count():
+            if number % _CHUNKS_PER_LOOK == 0:
+                # A few bytes can unpack to any number.
+                _require_room(target.parent, _CHUNKS_PER_LOOK * _CHUNK)
+            if not (chunk := _chunk(source, name)):
+                break
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """Raise `OSError` where `size` bytes more would leave too little of a disk for all else on it."""
+    disk = shutil.disk_usage(folder)
+    if disk.free - size < min(disk.total // 20, _ROOM_BYTES):
+        raise OSError(errno.ENOSPC, f"too little room is left on the disk ({disk.free >> 20} MiB)")
 
 
 def _chunk(source: BinaryIO, name: str) -> bytes:

@@ -40,6 +40,8 @@ class ShardSet:
         try:
             path = self.cache.local(place, entry=entry)
             table = read_table(path, image_entries=self.image_entries, label_entry=self.label_entry)
+            if not len(table):
+                self.cache.drop(place, path)
         except DamagedShard as error:
             if self.on_error == "stop":
                 raise

@@ -7,6 +7,7 @@ index says how many, else one for all of them.
 
 from __future__ import annotations
 
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from petractl.data.shard_index import INDEX_NAME
 from petractl.data.shard_set import ShardSet, find_shard_set, is_plain, rows_of
 from petractl.data.values import UNKNOWN
 from petractl.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 COUNT_LIMIT_BYTES = 16 * 2**30
 """Shards without an index that are larger in all are not read through only to describe them."""
@@ -52,6 +55,7 @@ class ShardStore:
         self._shards = shards
         self._tables: dict[int, SampleTable] = {}
         self._files = OpenFiles()
+        self._has_warned = False
         self.sizes = self._count()
         self._ends = tuple(accumulate(self.sizes))
 
@@ -81,8 +85,12 @@ class ShardStore:
         """Return the samples of each shard; only those in no index are opened, several at a time."""
         entries = self._shards.entries
         unknown = [shard for shard, entry in enumerate(entries) if entry is None]
+        far = sum(self._shards.places[shard].kind == "url" for shard in unknown)
+        if far:
+            _log.warning("no %s beside %d shards: they are fetched to be counted", INDEX_NAME, far)
         with ThreadPoolExecutor(_THREADS) as pool:
             self._tables.update(zip(unknown, pool.map(self._shards.table, unknown), strict=True))
+        self._warn_of_overlooked(unknown)
         return tuple(
             rows_of(self._tables[shard]) if entry is None else entry.samples
             for shard, entry in enumerate(entries)
@@ -96,7 +104,22 @@ class ShardStore:
             if found != counted and self._shards.entries[shard] is None:
                 raise _changed(self.places[shard], f"it had {counted} samples, and now has {found}")
             self._tables[shard] = table
+            self._warn_of_overlooked([shard])
         return self._tables[shard]
+
+    def _warn_of_overlooked(self, shards: Sequence[int]) -> None:
+        """Log once that members that look like entries belong to no sample: they would be missed unseen."""
+        found = [shard for shard in shards if self._tables[shard].overlooked]
+        if not found or self._has_warned:
+            return
+        self._has_warned = True
+        _log.warning(
+            "%s: %r and %d more members are in no sample: a key ends at its first dot, all that follows is "
+            "the entry",
+            self.places[found[0]],
+            self._tables[found[0]].overlooked_name,
+            sum(self._tables[shard].overlooked for shard in found) - 1,
+        )
 
     def _image(self, shard: int, row: int, table: SampleTable) -> bytes:
         place, size = self.places[shard], int(table.sizes[row])

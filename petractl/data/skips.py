@@ -22,7 +22,7 @@ class Skips:
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.samples: list[BadSample] = []
-        self._limit = limit
+        self.limit = limit
         self._different: set[tuple[str, str]] = set()
 
     def add(self, samples: Iterable[BadSample]) -> None:
@@ -30,10 +30,15 @@ class Skips:
         for bad in samples:
             self.samples.append(bad)
             self._different.add((bad.place, bad.key))
-            if len(self._different) > self._limit:
-                raise DataError(
-                    f"{len(self._different)} different bad samples were met, more than max_skipped = "
-                    f"{self._limit}; the last was {bad.key!r}: {bad.reason}",
-                    where=bad.place,
-                    hint="look at the set with `petractl shards check`, or raise data.max_skipped",
-                )
+            if len(self._different) > self.limit:
+                last = f"{bad.key!r}: {bad.reason}"
+                raise too_many(len(self._different), limit=self.limit, last=last, where=bad.place)
+
+
+def too_many(count: int, *, limit: int, last: str, where: str) -> DataError:
+    """Return the error that so many different bad samples are."""
+    return DataError(
+        f"{count} different bad samples were met, more than max_skipped = {limit}; the last was {last}",
+        where=where,
+        hint="look at the set with `petractl shards check`, or raise data.max_skipped",
+    )

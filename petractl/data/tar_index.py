@@ -3,8 +3,8 @@
 `tarfile` makes an object of 20 fields per member, and takes a damaged header for the end. Here the usual
 headers (ustar, GNU long names, pax paths) are read by a few slices, their checksums are summed many at once,
 and the end must carry its mark; what is unusual (members above 8 GiB, sparse files, other types) is left to
-`tarfile`. Nothing is ever unpacked to a disk, and a member whose name would lead out of the archive, or that
-is a link or a device, is passed over.
+`tarfile`. Nothing is ever unpacked to a disk; a member whose name would lead out of the archive, or that is a
+link or a device, is listed with that as its fault, and never read.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ from petractl.data.tar_header import (
 _READ_AHEAD = 4096
 _CHECK_EVERY = 1024
 _MAX_EXTENSION_BYTES = 2**20
+_MAX_NAME_BYTES = 4096
 _MAX_PADDING = 2**20
 _REGULAR = b"0\x007"
 _WITHOUT_DATA = b"123456"
+_NO_FILE = "it is a link, a device or a sparse file"
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, where its bytes begin and how many they are."""
+    """A file in a tar: its name, where its bytes begin and how many they are.
+
+    `fault` says why it is not to be read ("": it is); such a member has no bytes.
+    """
 
     name: str
     offset: int
     size: int
+    fault: str = ""
 
 
 @dataclass(slots=True)
 class TarScan:
-    """The members of a tar; `damage` says what ended the search before the mark of the end ("": nothing).
-
-    `passed_over` counts links, devices and names that lead out of the archive.
-    """
+    """The members of a tar; `damage` says what ended the search before the mark of the end ("": nothing)."""
 
     members: list[Member] = field(default_factory=list)
     damage: str = ""
-    passed_over: int = 0
 
 
 def scan_tar(path: Path) -> TarScan:
@@ -161,30 +163,27 @@ class _Walk:
         if kind in _REGULAR and not (kind == b"\0" and name.endswith("/")):
             if data + size > self._size:
                 raise DamagedHeader(f"it is truncated: it ends inside {name!r}")
-            self._add(name, data, size)
-        elif kind in _WITHOUT_DATA:
-            self._scan.passed_over += kind != b"5"
-        else:
+            self._scan.members.append(_member(name, data, size))
+        elif kind not in _WITHOUT_DATA:
             raise UnusualHeader
+        elif kind != b"5":
+            self._scan.members.append(Member(name.removeprefix("./"), 0, 0, _NO_FILE))
         return data + -(-size // BLOCK) * BLOCK
-
-    def _add(self, name: str, offset: int, size: int) -> None:
-        if leads_out(name):
-            self._scan.passed_over += 1
-        else:
-            self._scan.members.append(Member(name.removeprefix("./"), offset, size))
 
     def _extend(self, kind: bytes, data: int, size: int) -> None:
         """Take in what a header before a member says of it: a long name, or a table of pax."""
-        if size > _MAX_EXTENSION_BYTES:
-            raise DamagedHeader(f"the header at byte {data - BLOCK} claims a name of {size} bytes")
+        if size > (_MAX_NAME_BYTES if kind == b"L" else _MAX_EXTENSION_BYTES):
+            raise DamagedHeader(_too_long(data - BLOCK, size))
         content = os.pread(self._descriptor, size, data)
         if len(content) < size:
             raise DamagedHeader("it is truncated: it ends inside a long name")
         if kind == b"L":
             self._own["path"] = content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         elif kind != b"K":
-            (self._common if kind == b"g" else self._own).update(pax_records(content, data))
+            records = pax_records(content, data)
+            if len(records.get("path", "")) > _MAX_NAME_BYTES:
+                raise DamagedHeader(_too_long(data - BLOCK, len(records["path"])))
+            (self._common if kind == b"g" else self._own).update(records)
 
     def _read(self, offset: int) -> bytes:
         """Return the block at a place, shorter at the end of the file."""
@@ -219,6 +218,16 @@ class _Walk:
         return ""
 
 
+def _member(name: str, offset: int, size: int) -> Member:
+    if leads_out(name):
+        return Member(name, 0, 0, "its name leads out of the archive")
+    return Member(name.removeprefix("./"), offset, size)
+
+
+def _too_long(header: int, size: int) -> str:
+    return f"the header at byte {header} claims a name of {size} bytes"
+
+
 def leads_out(name: str) -> bool:
     """Whether a member's name is absolute or climbs above the archive."""
     return name.startswith("/") or (".." in name and ".." in name.split("/"))
@@ -229,11 +238,13 @@ def _scan_by_tarfile(path: Path) -> TarScan:
     with path.open("rb") as file:
         try:
             for header in tar_headers(file):
-                if not header.isreg() or header.issparse() or leads_out(header.name):
-                    scan.passed_over += not header.isdir()
-                else:
-                    name = header.name.removeprefix("./")
-                    scan.members.append(Member(name, header.offset_data, header.size))
+                if len(header.name) > _MAX_NAME_BYTES:
+                    scan.damage = _too_long(header.offset, len(header.name))
+                    break
+                if header.isreg() and not header.issparse():
+                    scan.members.append(_member(header.name, header.offset_data, header.size))
+                elif not header.isdir():
+                    scan.members.append(Member(header.name.removeprefix("./"), 0, 0, _NO_FILE))
         except tarfile.TarError as error:
             scan.damage = str(error)
         # A damaged number can also be one that no place in a file can be.

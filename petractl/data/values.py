@@ -69,7 +69,8 @@ class Batch:
 
     `images` (n, channels, height, width) are float32 and normalised; or uint8, where `normalisation` says
     what is still to be done to them where the net is. `labels` is int64 (n,); `index` is the microbatch's
-    place in its epoch, from 0. `skipped` are the bad samples that were left out of it.
+    place in its epoch, from 0. `skipped` are the bad samples that were left out of it (in evaluation, maybe
+    all).
     """
 
     images: Tensor

@@ -106,7 +106,7 @@ def _started(
     import torch
     from torch.utils.data import DataLoader
 
-    _start_server()
+    start_server()
     loader: DataLoader[Any] = DataLoader(
         cast(Any, _Jobs(prepare)),
         batch_size=None,
@@ -128,8 +128,11 @@ def _as_it_is(result: R) -> R:
     return result
 
 
-def _start_server() -> None:
-    """Start the fork server, once, with Ctrl-C blocked: its children inherit that."""
+def start_server() -> None:
+    """Start the fork server, once; it imports what workers need while this process goes on.
+
+    Ctrl-C is blocked in it: its children inherit that.
+    """
     # A worker imports what the main module of this process imports, and the server can do that for all.
     ours = sorted(name for name in sys.modules if name.startswith("petractl."))
     multiprocessing.set_forkserver_preload([_PRELOADED, *ours])

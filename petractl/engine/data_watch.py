@@ -8,12 +8,15 @@ from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from petractl.data.encoded import BadSample
+from petractl.data.skips import too_many
 from petractl.engine.evaluation import LabelledBatch
 from petractl.events import SamplesSkipped, WarningRaised
 
 WAIT_WARNING_PERCENT = 10.0
 # A share of next to no time says nothing.
 _WAIT_WARNING_S = 1.0
+_EARLY_WARNING_S = 30.0
+"""An epoch may take hours: one that has gone on for so long is warned of before its end."""
 _NAMED_SAMPLES = 10
 
 
@@ -26,8 +29,18 @@ class TrainingData(Protocol):
         ...
 
     @property
+    def start_s(self) -> float:
+        """Seconds of them that were waited for the first microbatch of an epoch."""
+        ...
+
+    @property
     def skipped(self) -> Sequence[BadSample]:
         """Bad samples left out so far; it only grows."""
+        ...
+
+    @property
+    def max_skipped(self) -> int:
+        """How many different ones may be left out, by all replicas together."""
         ...
 
     @property
@@ -46,16 +59,23 @@ class DataWatch:
     def __init__(self, data: TrainingData | None) -> None:
         self._data = data
         self._waited_before_s = 0.0
+        self._start_before_s = 0.0
         self._told = 0
+        self._different: set[str] = set()
         self._has_warned = False
 
     def begin(self) -> None:
         """Begin to count the waiting of an epoch."""
-        self._waited_before_s = self._data.wait_s if self._data else 0.0
+        if self._data:
+            self._waited_before_s, self._start_before_s = self._data.wait_s, self._data.start_s
 
     def waited_s(self) -> float:
         """Return the seconds waited since the epoch began."""
         return self._data.wait_s - self._waited_before_s if self._data else 0.0
+
+    def steady_s(self) -> float:
+        """Return the seconds waited since the epoch began, but for its first microbatch."""
+        return self.waited_s() - (self._data.start_s - self._start_before_s) if self._data else 0.0
 
     def wait_percent(self, seconds: float) -> float | None:
         """Return the share of `seconds`, the epoch so far; None where no data enter."""
@@ -68,14 +88,37 @@ class DataWatch:
         self._told += len(new)
         return new
 
-    def warning(self, epoch: int, *, waited_s: float, seconds: float) -> WarningRaised | None:
-        """Return a warning where an epoch waited too long, once in a run."""
+    def require_few(self, skipped: Sequence[tuple[str, ...]]) -> None:
+        """Raise `DataError` where the replicas together have left out more than they may; called on rank 0.
+
+        Each replica counts its own as it meets them; here they meet, after each epoch and evaluation.
+        """
+        for sample in (sample for of_replica in skipped for sample in of_replica):
+            self._different.add(sample)
+            if self._data and len(skipped) > 1 and len(self._different) > self._data.max_skipped:
+                count, limit = len(self._different), self._data.max_skipped
+                raise too_many(count, limit=limit, last=sample, where="all replicas together")
+
+    def early_warning(self, epoch: int, *, seconds: float) -> WarningRaised | None:
+        """Return the warning of an epoch that has lasted for so many seconds, by what is known here."""
+        if seconds < _EARLY_WARNING_S:
+            return None
+        return self.warning(epoch, waited_s=self.steady_s(), seconds=seconds, so_far=True)
+
+    def warning(
+        self, epoch: int, *, waited_s: float, seconds: float, so_far: bool = False
+    ) -> WarningRaised | None:
+        """Return a warning where an epoch waited too long, once in a run.
+
+        `waited_s` leaves out the first microbatch: more workers would not start faster.
+        """
         percent = 100.0 * waited_s / seconds if seconds > 0 else 0.0
         is_long = percent > WAIT_WARNING_PERCENT and waited_s >= _WAIT_WARNING_S
         if self._has_warned or not is_long:
             return None
         self._has_warned = True
-        message = f"{percent:.0f} % of epoch {epoch} ({waited_s:.1f} s) was spent waiting for data"
+        part = " so far" if so_far else ""
+        message = f"{percent:.0f} % of epoch {epoch}{part} ({waited_s:.1f} s) was spent waiting for data"
         return WarningRaised(message=message, hint=self._data.slow_hint if self._data else "")
 
 

@@ -1,9 +1,11 @@
 """Evaluation of a classifier: every sample once, with running statistics, no graph.
 
 In one process the net is called as a whole. In several, the batches go upwards through the same stages; each
-replica takes its share of them, and the sums meet at the end.
+replica takes its share of them, and the sums meet at the end. A batch whose samples were all left out counts
+for nothing; among stages an image in black goes in its place, since not every net takes a batch of none.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,7 +43,7 @@ class LabelledBatch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Mean cross-entropy in nats, and accuracies in percent, over `samples` samples."""
+    """Mean cross-entropy in nats, and accuracies in percent, over `samples` samples; of none they are nan."""
 
     loss: float
     top1: float
@@ -93,6 +95,8 @@ class Sums:
 def scores_of(sums: Sequence[tuple[float, int, int, int]]) -> Scores:
     """Return the means of the sums of one or several replicas."""
     loss, top1, top5, samples = (sum(column) for column in zip(*sums, strict=True))
+    if not samples:
+        return Scores(math.nan, math.nan, math.nan, 0)
     return Scores(loss / samples, 100.0 * top1 / samples, 100.0 * top5 / samples, int(samples))
 
 
@@ -102,6 +106,8 @@ def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], *, placement:
     with _evaluation_mode(network), torch.inference_mode():
         for batch in batches:
             labels = placement.labels(batch)
+            if not labels.shape[0]:
+                continue
             with _autocast(placement):
                 logits: Tensor = network(placement.images(batch))
             sums.add(_full(logits, placement), labels)
@@ -174,7 +180,8 @@ class PipelinedEvaluation:
         if from_below is None:
             assert batches is not None
             batch = next(batches)
-            message = Activation(i, (self._placement.images(batch),), self._placement.labels(batch))
+            images = _at_least_one(self._placement.images(batch))
+            message = Activation(i, (images,), self._placement.labels(batch))
         else:
             message = from_below.receive(i, operation=f"evaluation {i}", timeout_s=self._timeout_s)
         with _autocast(self._placement):
@@ -182,6 +189,8 @@ class PipelinedEvaluation:
             for unit in units:
                 streams = as_streams(unit(*streams))
         if to_above is None:
+            if not message.labels.shape[0]:
+                return
             sums.add(_full(streams[0], self._placement), message.labels)
         else:
             to_above.send(Activation(i, streams, message.labels), timeout_s=self._timeout_s)
@@ -206,6 +215,10 @@ def _autocast(placement: Placement) -> "torch.autocast | nullcontext[None]":
     if placement.autocast_dtype is None:
         return nullcontext()
     return torch.autocast(placement.device.type, dtype=placement.autocast_dtype)
+
+
+def _at_least_one(images: Tensor) -> Tensor:
+    return images if images.shape[0] else images.new_zeros((1, *images.shape[1:]))
 
 
 def _full(logits: Tensor, placement: Placement) -> Tensor:

@@ -99,6 +99,7 @@ class _Report:
     records: tuple[Record, ...]
     peak_memory_bytes: int | None
     waited_s: float
+    steady_wait_s: float
     skipped: tuple[str, ...]
 
 
@@ -205,6 +206,7 @@ class Trainer:
             records=self._own_records(),
             peak_memory_bytes=peak_memory_bytes(device) if isinstance(self._world, World) else None,
             waited_s=self._watch.waited_s(),
+            steady_wait_s=self._watch.steady_s(),
             skipped=self._watch.newly_skipped(),
         )
 
@@ -257,13 +259,17 @@ class Trainer:
                 self._emit(_measured(epoch, index, report, report.measures[n]))
 
     def _tell_of_data(self, epoch: int, reports: list[_Report], *, seconds: float) -> None:
-        skipped = samples_skipped(epoch, [report.skipped for report in reports])
-        if skipped is not None:
-            self._emit(skipped)
-        waited_s = max(report.waited_s for report in reports)
+        self._tell_skipped(epoch, [report.skipped for report in reports])
+        waited_s = max(report.steady_wait_s for report in reports)
         warning = self._watch.warning(epoch, waited_s=waited_s, seconds=seconds)
         if warning is not None:
             self._emit(warning)
+
+    def _tell_skipped(self, epoch: int, skipped: list[tuple[str, ...]]) -> None:
+        event = samples_skipped(epoch, skipped)
+        if event is not None:
+            self._emit(event)
+        self._watch.require_few(skipped)
 
     def _warn_of_divergence(self, epoch: int, loss: float) -> None:
         if not self._has_diverged:
@@ -305,6 +311,9 @@ class Trainer:
         Loss and accuracy are the first replica's, the speed is that of all replicas together.
         """
         world = self._world
+        warning = self._watch.early_warning(epoch, seconds=seconds) if world.seat.rank == 0 else None
+        if warning is not None:
+            self._emit(warning)
         if world.seat.is_last and world.seat.replica == 0:
             last = self._pipeline.stages[-1]
             loss, top1 = last.totals.means()
@@ -344,10 +353,8 @@ class Trainer:
                 seconds=seconds,
             )
         )
-        skipped = samples_skipped(epoch, self._world.gather(self._watch.newly_skipped()))
-        if skipped is not None:
-            self._emit(skipped)
-        is_best = state.best_top1 is None or scores.top1 > state.best_top1
+        self._tell_skipped(epoch, self._world.gather(self._watch.newly_skipped()))
+        is_best = scores.samples > 0 and (state.best_top1 is None or scores.top1 > state.best_top1)
         state = replace(state, scores=scores)
         if is_best:
             state = replace(state, best_top1=scores.top1, best_epoch=epoch)

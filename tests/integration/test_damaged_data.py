@@ -170,8 +170,15 @@ DAMAGES: dict[str, Damage] = {
     ),
     "an image without pixels": Damage("'11': its header is damaged", {11}, entries=_set(jpg=_bomb(0, 10))),
     "no image": Damage("'11': it has no image", {11}, entries=_set(jpg=None)),
-    "a link for an image": Damage("'11': it has no image", {11}, entries=_rename("11.jpg", "link:11.jpg")),
-    "an image outside": Damage("'11': it has no image", {11}, entries=_rename("11.jpg", "../11.jpg")),
+    "a link for an image": Damage(
+        "'11': its entry .jpg cannot be read: it is a link", {11}, entries=_rename("11.jpg", "link:11.jpg")
+    ),
+    "an image outside": Damage(
+        "'../11': its entry .jpg cannot be read: its name leads out",
+        {11},
+        named=2,
+        entries=_rename("11.jpg", "../11.jpg"),
+    ),
     "an image of another name": Damage("'11': it has no image", {11}, entries=_rename("11.jpg", "11.gif")),
     "an image twice": Damage(
         "'11': it has two entries", {11}, entries=_rename("11.jpg", "11.jpg", "again:11.jpg")

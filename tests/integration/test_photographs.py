@@ -170,6 +170,37 @@ def test_a_damaged_photograph_stops_a_run(damaged: Path, tmp_path: Path) -> None
     assert 'data.on_error="skip"' in result.stderr
 
 
+@pytest.mark.parametrize("mode", ["in-process", "processes"])
+def test_an_evaluation_goes_on_where_whole_batches_are_lost(images: Path, tmp_path: Path, mode: str) -> None:
+    root, folder = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(images, root)
+    for name in ("ant", "bee"):
+        for path in (root / "val" / name).iterdir():
+            path.write_bytes(b"no image")
+    extra = ("data.on_error=skip", "data.eval_batch_size=2", f"engine.mode={mode}", "training.epochs=1")
+    result = run("imagenet_revnet18", folder, f"data.train={root}", "partition.stages=2", *extra)
+    assert result.exit_code == 0, result.output
+    (scores,) = journal(folder, "evaluated")
+    assert scores["samples"] == 3
+    assert np.isfinite(scores["loss"])
+    (skipped,) = journal(folder, "samples_skipped")
+    assert skipped["count"] == 6
+
+
+def test_replicas_count_what_they_leave_out_together(images: Path, tmp_path: Path) -> None:
+    root, folder = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(images, root)
+    # In order, by batches of 2: one for each replica.
+    for number in (0, 2):
+        next((root / "val" / "ant").glob(f"{number}.*")).write_bytes(b"no image")
+    extra = ("data.on_error=skip", "data.eval_batch_size=2", "engine.mode=processes", "engine.replicas=2")
+    places = (f"data.train={root}", "partition.stages=1", "training.epochs=1")
+    result = run("imagenet_revnet18", folder, *places, *extra, "data.max_skipped=1")
+    assert result.exit_code == 2, result.output
+    assert "2 different bad samples were met, more than max_skipped = 1" in result.output
+    assert journal(folder, "samples_skipped")[0]["count"] == 2
+
+
 def test_a_damaged_photograph_is_left_out_and_named(damaged: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run("imagenet_revnet18", folder, f"data.train={damaged}", "data.on_error=skip")

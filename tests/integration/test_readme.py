@@ -127,9 +127,10 @@ def named_shards(command: Command) -> list[str]:
 
 
 def write_shard(path: Path, *, samples: int = 16) -> None:
-    """Write a shard of random CIFAR-10 samples."""
+    """Write a shard of random CIFAR-10 samples, other ones in every shard."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = np.random.default_rng(0).integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8)
+    generator = np.random.default_rng(list(path.name.encode()))
+    images = generator.integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8)
     with open_tar(path, "w") as archive:
         for index, image in enumerate(images):
             png = BytesIO()

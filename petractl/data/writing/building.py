@@ -24,21 +24,22 @@ from petractl.data.shard_index import ShardIndex
 from petractl.data.writing.destination import (
     CACHE_NAME,
     Destination,
+    check_apart,
     make_folder,
     open_destination,
     shard_prefix,
 )
-from petractl.data.writing.journal import Journal, open_journal
+from petractl.data.writing.journal import SOURCE_FACTS, Journal, open_journal
 from petractl.data.writing.plan import (
     ShardPlan,
     default_samples_per_shard,
     plan_shards,
     samples_within,
-    source_facts,
 )
 from petractl.data.writing.recoding import DEFAULT_QUALITY, Recoding
 from petractl.data.writing.shard_file import Skipped, StoredSample, WrittenShard, sha256_of, write_shard
-from petractl.data.writing.sources import Kind, SourceSplit, Wanted, kind_of, open_sources
+from petractl.data.writing.source_files import source_facts
+from petractl.data.writing.sources import Kind, SourceSplit, Wanted, hints_of_build, kind_of, open_sources
 from petractl.data.writing.watching import Unwatched, Watch
 from petractl.errors import DataError, RunError, UserError
 
@@ -114,6 +115,7 @@ def plan_build(source: str, folder: Path, options: BuildOptions) -> PlannedBuild
     Raises `UserError` for what is wrong with either, or with the options.
     """
     shard_prefix(options.name, options.split)
+    check_apart(source, folder)
     destination = open_destination(folder)
     kind = options.kind or kind_of(source)
     index = destination.index
@@ -243,6 +245,8 @@ class _Work:
         path = self._folder / plan.name
         if shard is None or not path.is_file() or path.stat().st_size != shard.bytes:
             return None
+        if shard.skipped and self._on_error == "stop":
+            return None
         return shard if sha256_of(path, stopped=self._check) == shard.sha256 else None
 
     def _samples(self, plan: ShardPlan, skipped: list[Skipped]) -> Iterator[StoredSample]:
@@ -262,6 +266,7 @@ class _Work:
                 hint="see whether the source is what it should be",
             )
 
+    @hints_of_build()
     def _sample(self, source: SourceSplit, row: int) -> StoredSample:
         encoded = source.samples.read(row)
         try:
@@ -303,8 +308,9 @@ def _first_failure(jobs: Sequence[Future[WrittenShard]]) -> None:
 def _description(source: str, planned: PlannedBuild, options: BuildOptions) -> dict[str, object]:
     path = Path(source).expanduser()
     settings = asdict(options)
-    # A number chosen by size is a number; and where there is an index the classes are in it.
-    for name in ("max_mb", "split", "classes"):
+    # A number chosen by size is a number; where there is an index the classes are in it; and finished shards
+    # lack no sample that may not be left out.
+    for name in ("max_mb", "split", "classes", "on_error"):
         del settings[name]
     return {
         "source": str(path.absolute()) if path.exists() else source,
@@ -312,7 +318,8 @@ def _description(source: str, planned: PlannedBuild, options: BuildOptions) -> d
         "kind": planned.kind,
         "samples_per_shard": planned.samples_per_shard,
         "classes": [planned.classes, *planned.class_names],
-        "splits": [source_facts(split) for split in planned.sources],
+        "splits": list(planned.splits),
+        SOURCE_FACTS: [source_facts(split) for split in planned.sources],
     }
 
 
@@ -330,6 +337,6 @@ def _bad_sample(bad: BadSample) -> DataError:
     return DataError(
         f"sample {bad.key!r}: {bad.reason}",
         where=bad.place,
-        hint="mend it or take it out, or leave out such samples with --on-error skip; then the same command "
-        "goes on",
+        hint="with --on-error skip the same command leaves out such samples and goes on; mended or taken out "
+        "it makes another source, of which shards are built anew, in another folder",
     )

@@ -1,14 +1,15 @@
 """Proving a set of shards: everything that a run would stumble over, found before it, and all of it.
 
-Of every shard: its bytes and checksum, its archive, the number of its samples, their labels and keys. Of
-every sample: its image, decoded as a run would decode it. Threads do it, shard by shard and then in small
-lots of samples, so that one big shard keeps all of them busy; faults are told in the order of the shards.
+Of every shard: its bytes and checksum, its archive, the number of its samples, their labels and keys, files
+that a run would pass over, and whether another shard is the same. Of every sample: its image, decoded as a
+run would decode it. Threads do it, shard by shard and then in small lots of samples, so that one big shard
+keeps all of them busy; faults are told in the order of the shards.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ def check_shards(
         check = _Check(classes, watch, stop)
         watch.begin("checking files", sum(shard.entry.samples for shard in found.shards if shard.entry))
         shards = list(pool.map(check.open, found.shards))
+        twins = list(_same_files(shards, pool, check.sha256))
         watch.begin("decoding", sum(shard.samples for shard in shards))
         lots = [
             (shard, rows)
@@ -83,9 +85,12 @@ def check_shards(
         ]
         in_samples = list(pool.map(check.decode, lots))
     by_shard: dict[int, list[Fault]] = {}
+    for shard, other in twins:
+        what = f"it is the same as {other.found.place.text}, so that its samples count twice"
+        by_shard.setdefault(id(shard), []).append(Fault(shard.found.place.text, "", what))
     for (shard, _), faults in zip(lots, in_samples, strict=True):
         by_shard.setdefault(id(shard), []).extend(faults)
-    ordered = [fault for shard in shards for fault in (*shard.faults, *by_shard[id(shard)])]
+    ordered = [fault for shard in shards for fault in (*shard.faults, *by_shard.get(id(shard), ()))]
     samples = sum(shard.samples for shard in shards)
     return CheckReport(len(shards), samples, classes, (*found.faults, *ordered))
 
@@ -124,6 +129,7 @@ class _Check:
         self._classes = classes
         self._watch = watch
         self._stop = stop
+        self._digests: dict[str, str] = {}
 
     def open(self, found: FoundShard) -> OpenedShard:
         """Compare a shard with its index, and find its samples."""
@@ -131,6 +137,7 @@ class _Check:
         place = found.place.text
         faults = [*opened.faults, *(Fault(place, "", what) for what in self._compare(opened))]
         faults += [Fault(place, key, "its key stands in the shard more than once") for key in _twice(opened)]
+        faults += [Fault(place, key, reason) for key, reason in _overlooked(opened)]
         self._watch.advance(found.entry.samples if found.entry else 0)
         return OpenedShard(found, opened.path, opened.table, tuple(faults))
 
@@ -145,13 +152,19 @@ class _Check:
                 if size != entry.bytes:
                     yield f"it has {size} bytes, and {INDEX_NAME} says {entry.bytes}"
             if place.kind == "file" and entry.sha256:
-                digest = sha256_of(Path(place.text), stopped=self._check_stop)
+                digest = self.sha256(Path(place.text))
                 if digest != entry.sha256:
                     yield f"its SHA-256 is {digest[:12]}..., and {INDEX_NAME} says {entry.sha256[:12]}..."
         except OSError as error:
             yield f"it cannot be read: {error.strerror or error}"
         if shard.table and len(shard.table) != entry.samples:
             yield f"it has {len(shard.table)} samples, and {INDEX_NAME} says {entry.samples}"
+
+    def sha256(self, path: Path) -> str:
+        """Return a file's checksum; it is read once."""
+        if str(path) not in self._digests:
+            self._digests[str(path)] = sha256_of(path, stopped=self._check_stop)
+        return self._digests[str(path)]
 
     def decode(self, lot: tuple[OpenedShard, Sequence[int]]) -> list[Fault]:
         """Decode some samples of a shard."""
@@ -200,3 +213,28 @@ def _twice(shard: OpenedShard) -> list[str]:
         return []
     _, first, counts = np.unique(shard.table.keys, return_index=True, return_counts=True)
     return [shard.table.key(int(row)) for row in np.sort(first[counts > 1])]
+
+
+def _overlooked(shard: OpenedShard) -> Iterator[tuple[str, str]]:
+    """Yield what looks like samples and is none to a run: WebDataset's keys end at the first dot."""
+    table = shard.table
+    if table is not None and table.overlooked:
+        others = table.overlooked - 1
+        more = f", and {others} more such file{'s' * (others > 1)}" if others else ""
+        yield table.overlooked_name, f"a run passes it over, since its key would hold a dot{more}"
+
+
+def _same_files(
+    shards: Sequence[OpenedShard], pool: ThreadPoolExecutor, sha256: Callable[[Path], str]
+) -> Iterator[tuple[OpenedShard, OpenedShard]]:
+    """Yield each shard that has the bytes of an earlier one, and that one. Only equal sizes are compared."""
+    by_size: dict[int, list[OpenedShard]] = {}
+    for shard in shards:
+        if shard.table is not None:
+            by_size.setdefault(shard.table.stamp[0], []).append(shard)
+    suspects = [shard for same in by_size.values() if len(same) > 1 for shard in same]
+    first: dict[str, OpenedShard] = {}
+    for shard, digest in zip(suspects, pool.map(sha256, [shard.path for shard in suspects]), strict=True):
+        other = first.setdefault(digest, shard)
+        if other is not shard:
+            yield shard, other

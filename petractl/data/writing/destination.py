@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from petractl.data.places import SPLIT_WORDS, Split, is_shard, names_split
+from petractl.data.places import SPLIT_WORDS, Split, is_shard, names_split, scheme, splits_said
 from petractl.data.shard_index import INDEX_NAME, ShardEntry, ShardIndex, index_text, read_index
 from petractl.data.writing.journal import JOURNAL_NAME
 from petractl.data.writing.shard_file import PARTIAL_SUFFIX, WrittenShard, sync_folder
@@ -108,6 +108,26 @@ class Destination:
         return UserError(f"the folder {what}", where=str(self.folder), hint="give another folder")
 
 
+def check_apart(source: str, folder: Path) -> None:
+    """Raise `UserError` where one of source and destination lies in the other.
+
+    Shards in a folder of images would be its next class; images among shards would be lost with them.
+    """
+    if scheme(source):
+        return
+    origin, target = Path(source).expanduser().resolve(), folder.resolve()
+    if target == origin:
+        what = "is SRC itself"
+    elif target in origin.parents:
+        what = "holds SRC"
+    # A pattern or a file names shards, and no folder beside them.
+    elif origin in target.parents and origin.is_dir():
+        what = f"lies in SRC, {origin}"
+    else:
+        return
+    raise UserError(f"DST {what}", where=str(folder), hint="give a folder apart from SRC")
+
+
 def open_destination(folder: Path) -> Destination:
     """Return what a folder holds; it need not be there. Raises `UserError` for what is no folder."""
     if os.path.lexists(folder) and not folder.is_dir():
@@ -134,10 +154,10 @@ def shard_prefix(name: str, split: Split | None) -> str:
     """
     if name and (not name[0].isalnum() or not all(char.isalnum() or char in "._-" for char in name)):
         raise UserError(f"{name!r} cannot begin a file's name", where="--name", hint="letters, digits and -")
-    said = [word for words in SPLIT_WORDS.values() for word in words if word in name.lower()]
+    said = splits_said(name)
     if said:
         raise UserError(
-            f'{name!r} has "{said[0]}" in it, by which shards of a split are known',
+            f'{name!r} says "{said[0]}", by which shards of a split are known',
             where="--name",
             hint="choose another; the split is added to the name",
         )

@@ -115,8 +115,24 @@ def _named(place: str) -> FoundSet:
     shards = []
     for found in places:
         index = indexes[found.folder]
-        shards.append(FoundShard(found, index.entry(found.name) if index else None, index))
-    return FoundSet(tuple(shards), tuple(faults))
+        entry = index.entry(found.name) if index else None
+        if index and entry is None:
+            faults.append(Fault(found.text, "", f"it is not in {INDEX_NAME}"))
+        shards.append(FoundShard(found, entry, index))
+    return FoundSet(tuple(shards), (*faults, *_unlisted(place)))
+
+
+def _unlisted(place: str) -> list[Fault]:
+    """Return the shards beside an index, if one was named, that it does not list."""
+    path = Path(place).expanduser()
+    if scheme(place) or path.suffix != ".json" or not path.is_file():
+        return []
+    listed = {entry.name for entry in load_index(path).shards}
+    return [
+        Fault(str(beside), "", f"it is not in {path.name}")
+        for beside in sorted(path.parent.iterdir())
+        if is_shard(beside) and beside.name not in listed
+    ]
 
 
 def _index_beside(place: ShardPlace) -> ShardIndex | None:

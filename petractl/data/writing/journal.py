@@ -21,6 +21,8 @@ from petractl.data.writing.shard_file import Skipped, WrittenShard, sync_folder
 from petractl.errors import UserError
 
 JOURNAL_NAME = ".build.jsonl"
+SOURCE_FACTS = "source facts"
+"""By this key a build's description says what its source was, for nobody to read."""
 
 
 class Journal:
@@ -123,14 +125,19 @@ def _shard(row: Mapping[str, Any]) -> WrittenShard:
 
 def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if differing:
-        key = differing[0]
-        raise UserError(
-            f"an unfinished build is here, and its {key.replace('_', ' ')} is {_short(before.get(key))}, "
-            f"not {_short(now.get(key))}",
-            where=str(path.parent),
-            hint=f"repeat the command that began it, give another folder, or remove {path} and its shards",
-        )
+    if not differing:
+        return
+    key = differing[0]
+    what = f"its {key.replace('_', ' ')} is {_short(before.get(key))}, not {_short(now.get(key))}"
+    go_on = "repeat the command that began it"
+    if key == SOURCE_FACTS:
+        what = "its source has changed since: files were added, removed, renamed or replaced"
+        go_on = "put them back as they were (their times too)"
+    raise UserError(
+        f"an unfinished build is here, and {what}",
+        where=str(path.parent),
+        hint=f"{go_on}, give another folder, or remove {path} and its shards to begin anew",
+    )
 
 
 def _short(value: object) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,22 +91,6 @@ def sample_order(count: int, seed: int | None) -> NDArray[np.int64]:
     if seed is None:
         return np.arange(count, dtype=np.int64)
     return random_order(stream_key(Purpose.SHARD_ORDER, seed, count), count)
-
-
-def source_facts(source: SourceSplit) -> list[object]:
-    """Return what tells a source from another, by what is known without reading it again."""
-    places: list[list[object]] = []
-    for place, size in zip(_places(source), source.samples.sizes, strict=False):
-        path = Path(place)
-        status = path.stat() if path.is_file() else None
-        places.append([place, size, *((status.st_size, status.st_mtime_ns) if status else ())])
-    return [source.split, source.count, places]
-
-
-def _places(source: SourceSplit) -> tuple[str, ...]:
-    places = getattr(source.samples, "places", ())
-    assert isinstance(places, tuple)
-    return tuple(str(Path(place).absolute()) if Path(place).exists() else str(place) for place in places)
 
 
 def _some_sizes(source: SourceSplit, recoding: Recoding, seed: int | None) -> Iterator[int]:

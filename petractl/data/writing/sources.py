@@ -6,6 +6,8 @@ whose names say it. One that names no split is taken as it is, and its shards wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -148,6 +150,19 @@ def _shards(source: str, wanted: Wanted) -> list[SourceSplit]:
     return [_open_shards(source, None, wanted.split or _split_of(Path(source).name), wanted)]
 
 
+@contextmanager
+def hints_of_build() -> Iterator[None]:
+    """Name the option of `petractl shards build` where a damaged shard's error names a recipe's key."""
+    try:
+        yield
+    except DataError as error:
+        hint = error.hint.replace('set data.on_error="skip"', "give --on-error skip")
+        if hint == error.hint:
+            raise
+        raise DataError(error.what, where=error.where, hint=hint) from error
+
+
+@hints_of_build()
 def _open_shards(source: str, chosen: Split | None, split: Split | None, wanted: Wanted) -> SourceSplit:
     facts = describe_shards(
         [source], where=SOURCE, split=chosen, on_error=wanted.on_error, cache=wanted.cache

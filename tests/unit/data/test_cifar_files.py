@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from petractl.data.cifar_batches import CIFAR10, CIFAR100, CifarFormat
-from petractl.data.cifar_files import Part, Split, find_split
+from petractl.data.cifar_files import Part, find_split
+from petractl.data.places import Split
 from petractl.data.values import Samples
 from petractl.errors import DataError
 

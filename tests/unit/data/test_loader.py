@@ -161,6 +161,7 @@ def test_wait_s_counts_the_waiting_and_not_the_use(samples: Samples, workers: in
     for _ in loader.epoch(0):
         time.sleep(0.01)
     assert 0.0 < loader.wait_s < time.perf_counter() - began - 7 * 0.01 + 1e-3
+    assert 0.0 < loader.start_s < loader.wait_s
 
 
 @pytest.mark.parametrize("workers", [0, 2])

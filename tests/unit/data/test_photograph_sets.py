@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,8 +131,31 @@ def test_a_folder_of_classes_for_each_split(folders: Path) -> None:
 
 def test_both_splits_have_the_same_classes(folders: Path) -> None:
     (folders / "val" / "bee").rename(folders / "val" / "bird")
-    with pytest.raises(DataError, match="not the same: only one of them has bee, bird"):
+    with pytest.raises(DataError, match="bird is no class of the training data") as caught:
         opened(train=str(folders))
+    assert caught.value.where == "data.val"
+    for test_only in (False, True):
+        with pytest.raises(DataError, match="bird is no class of the training data"):
+            opened(train=str(folders / "train"), val=str(folders / "val"), test_only=test_only)
+
+
+@pytest.mark.parametrize("test_only", [False, True])
+def test_a_class_that_the_test_set_lacks_shifts_no_label(folders: Path, test_only: bool) -> None:
+    shutil.rmtree(folders / "val" / "ant")
+    data = opened(train=str(folders), image_size=16, test_only=test_only)
+    assert data.info.classes == 3
+    labels = [label for batch in data.eval_loader(batch_size=2) for label in batch.labels.tolist()]
+    assert labels == [1, 2]
+
+
+def test_a_file_of_both_splits_is_warned_of(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opened(train=str(shards), classes=3)
+    assert not caplog.records
+    (shards / "val-1.tar").symlink_to("train-1.tar")
+    opened(train=str(shards), classes=3)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{shards}/train-1.tar: trained on and validated on as well"
+    ]
 
 
 def test_the_folder_of_training_classes_is_no_test_set(folders: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from petractl.data.places import ShardPlace, find_shards, scheme, shards_in
+from petractl.data.places import ShardPlace, brace_names, find_shards, scheme, shards_in, splits_said
 from petractl.data.shard_index import ShardEntry, ShardIndex, index_text
 from petractl.errors import DataError
 
@@ -113,6 +113,9 @@ def test_a_pipe_is_refused_unless_allowed_and_not_run_here(tmp_path: Path, place
         ("{folder}/fifo.tar", "neither a file nor a folder"),
         ("file://elsewhere/a.tar", "file of another machine"),
         ("{folder}/a-{{0..99999999999}}.tar", "more than 100000 files"),
+        ("{folder}/" + "{{a,b}}" * 60, "more than 100000 files"),
+        ("{folder}/" + "{{a..z}}" * 20, "more than 100000 files"),
+        ("{folder}/" + "{{a,{{b,c{{1..9}}}}}}" * 12, "more than 100000 files"),
         ("{folder}/a-{{0..1.tar", "bad pattern"),
     ],
 )
@@ -142,3 +145,68 @@ def test_a_shard_named_twice_is_an_error(tmp_path: Path) -> None:
 )
 def test_schemes(place: str, expected: str) -> None:
     assert scheme(place) == expected
+
+
+def test_nested_patterns_below_the_limit_are_written_out() -> None:
+    assert len(brace_names("x-{a{0..99},b{0..99}}-{0..499}.tar", _WHERE)) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("medieval-train-0.tar", ("train",)),
+        ("latest-contest-train_00.tar", ("train",)),
+        ("imagenet1k-validation-00.tar", ("val",)),
+        ("a-TEST0.tar", ("val",)),
+        ("cifarTrain-0.tar", ("train",)),
+        ("strain-retrieval-festival.tar", ()),
+        ("trainval-0.tar", ("train",)),
+        ("train_val-0.tar", ("train", "val")),
+    ],
+)
+def test_a_split_is_said_at_the_start_of_a_word(name: str, said: tuple[str, ...]) -> None:
+    assert splits_said(name) == said
+
+
+def test_training_shards_are_not_validated_on_for_their_name(tmp_path: Path) -> None:
+    _make(tmp_path, "medieval-train-0.tar", "medieval-train-1.tar", "medieval-val-0.tar")
+    places = [str(tmp_path), str(_index(tmp_path, "medieval-train-0.tar", "medieval-val-0.tar"))]
+    for place in places:
+        assert _names(find_shards([place], where=_WHERE, split="val")) == ["medieval-val-0.tar"]
+
+
+@pytest.mark.parametrize("names", [["test-train-0.tar", "val-0.tar"], ["train-val/0.tar"]])
+def test_a_name_that_says_both_splits_is_refused(tmp_path: Path, names: list[str]) -> None:
+    _make(tmp_path, *names)
+    with pytest.raises(DataError, match="both train and val") as caught:
+        find_shards([str(tmp_path)], where=_WHERE, split="train")
+    assert "pattern" in caught.value.hint
+
+
+def test_a_url_named_twice_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"a\.tar is named twice: its"):
+        find_shards(["s3://bucket/a.tar"] * 2, where=_WHERE)
+
+
+def test_the_same_file_by_a_link_is_named_twice(tmp_path: Path) -> None:
+    _make(tmp_path, "a.tar")
+    (tmp_path / "b.tar").symlink_to("a.tar")
+    with pytest.raises(DataError, match=r"b\.tar is named twice \(it is the same file as .*a\.tar\)"):
+        find_shards([str(tmp_path)], where=_WHERE)
+
+
+def test_an_index_whose_names_say_both_splits_is_refused(tmp_path: Path) -> None:
+    _make(tmp_path, "test-train-0.tar", "val-0.tar")
+    index = _index(tmp_path, "test-train-0.tar", "val-0.tar")
+    with pytest.raises(DataError, match="both train and val"):
+        find_shards([str(index)], where="data.val", split="val")
+
+
+@pytest.mark.parametrize("part", ["{a,b}", "{a,{b,c{1..9}}}", "{a..z}", "{0..9}"])
+def test_a_pattern_of_too_many_names_is_not_written_out(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def expand(pattern: str) -> list[str]:
+        raise AssertionError(pattern)
+
+    monkeypatch.setattr("braceexpand.braceexpand", expand)
+    with pytest.raises(DataError, match="more than 100000 files"):
+        brace_names("x/" + part * 17, _WHERE)

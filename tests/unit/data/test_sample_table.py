@@ -1,3 +1,5 @@
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +108,8 @@ def test_a_cut_shard_keeps_what_stands_before(tmp_path: Path, write_shard: Write
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"), [([], "no sample with .jpg"), ([("/0.jpg", b"x")], "(1 members")]
+    ("entries", "said"),
+    [([], "no sample with .jpg"), ([("0.v1.jpg", b"x")], "('0.v1.jpg': a key ends at its first dot")],
 )
 def test_a_shard_with_nothing_says_so(
     tmp_path: Path, write_shard: Write, entries: list[tuple[str, bytes]], said: str
@@ -118,3 +121,38 @@ def test_a_shard_with_nothing_says_so(
 
 def test_a_lost_shard_has_no_sample() -> None:
     assert (len(lost_table("gone")), lost_table("gone").damage) == (0, "gone")
+
+
+def test_entries_that_may_not_be_read_are_bad_samples(tmp_path: Path, write_shard: Write) -> None:
+    path = write_shard(tmp_path / "s.tar", [("../0.jpg", b"i"), ("../0.cls", b"0"), ("/1.cls", b"1")])
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (
+            ("2.jpg", tarfile.SYMTYPE),
+            ("x.txt", tarfile.SYMTYPE),
+            ("d.jpg", tarfile.DIRTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "x"
+            archive.addfile(member)
+        member = tarfile.TarInfo("2.cls")
+        member.size = 1
+        archive.addfile(member, io.BytesIO(b"2"))
+    table = read_table(path)
+    assert [table.key(row) for row in range(len(table))] == ["../0", "/1", "2"]
+    assert "its entry .jpg cannot be read: its name leads out" in table.reasons[0]
+    assert "its entry .cls cannot be read: its name leads out" in table.reasons[1]
+    assert "its entry .jpg cannot be read: it is a link" in table.reasons[2]
+
+
+def test_keys_with_a_dot_are_counted(tmp_path: Path, write_shard: Write) -> None:
+    entries = [("0.mask.png", b"m"), ("0.jpg", b"i"), ("0.cls", b"0")]
+    lost = [(f"{n}.v1.{ending}", b"1") for n in (1, 2) for ending in ("JPG", "cls", "json")]
+    table = read_table(write_shard(tmp_path / "s.tar", entries + lost))
+    assert (len(table), table.overlooked, table.overlooked_name) == (1, 4, "1.v1.JPG")
+
+
+def test_a_long_key_widens_no_other(tmp_path: Path, write_shard: Write) -> None:
+    entries = [(f"{key}.{ending}", b"1") for key in ("a" * 4000, "b") for ending in ("jpg", "cls")]
+    table = read_table(write_shard(tmp_path / "s.tar", entries))
+    assert table.keys.nbytes <= 2 * 8
+    assert table.key(0) == "a" * 4000

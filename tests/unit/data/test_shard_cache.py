@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -161,6 +162,56 @@ def test_a_full_disk_says_which_and_what_to_do(
     assert _kept(tmp_path / "cache") == []
 
 
+class _Disk(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_unpacking_stops_before_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, folder = tmp_path / "s.tar.gz", tmp_path / "cache"
+    path.write_bytes(gzip.compress(bytes(100_000_000)))
+    largest = 0
+
+    def usage(_folder: Path) -> _Disk:
+        nonlocal largest
+        taken = sum(file.stat().st_size for file in folder.iterdir())
+        largest = max(largest, taken)
+        return _Disk(10**9, 0, 120_000_000 - taken)
+
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", usage)
+    with pytest.raises(DataError, match="too little room is left on the disk") as caught:
+        ShardCache(str(folder)).local(_file(path))
+    assert caught.value.where == "data.cache"
+    assert 0 < largest <= 70_000_000
+    assert _kept(folder) == []
+
+
+def test_what_does_not_fit_is_not_fetched(
+    tmp_path: Path, served: tuple[Path, str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, url, requests = served
+    (folder / "s.tar").write_bytes(bytes(100_000))
+    monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda _: _Disk(10**6, 0, 10**5 + 10))
+    with pytest.raises(DataError, match="too little room is left"):
+        ShardCache(str(tmp_path / "cache")).local(ShardPlace(f"{url}/s.tar", "url"))
+    assert not any(line.startswith("GET") for line in requests)
+
+
+def test_the_index_tells_versions_where_the_server_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setattr(shard_cache, "_VERSION_KEYS", ("size",))
+    cache = ShardCache(str(tmp_path / "cache"))
+    for content in (b"one", b"two"):
+        fsspec.filesystem("memory").pipe("/bucket/version.tar", content)
+        entry = ShardEntry("version.tar", 1, sha256=hashlib.sha256(content).hexdigest())
+        copy = cache.local(ShardPlace("memory://bucket/version.tar", "url"), entry=entry)
+        assert copy.read_bytes() == content
+
+
 def test_a_cache_that_is_no_folder_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "s.tar.gz"
     path.write_bytes(gzip.compress(b"x"))
@@ -204,7 +255,10 @@ def test_processes_share_one_copy(tmp_path: Path) -> None:
 
 
 def test_urls_are_fetched_once_and_checked(
-    tmp_path: Path, write_shard: Write, served: tuple[Path, str, list[str]]
+    tmp_path: Path,
+    write_shard: Write,
+    served: tuple[Path, str, list[str]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder, url, requests = served
     write_shard(folder / "s-0.tar", _ENTRIES)
@@ -213,6 +267,10 @@ def test_urls_are_fetched_once_and_checked(
     for fetched in (2, 0):
         requests.clear()
         store = open_shards([f"{url}/s-{{0.tar,1.tar.gz}}"], where="data.train", classes=4, cache=cache)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "no index.json beside 2 shards: they are fetched to be counted"
+        ]
+        caplog.clear()
         assert store.sizes == (4, 4)
         assert [store.read(index).label for index in range(8)] == [0, 1, 2, 3] * 2
         assert sum(line.startswith("GET /s-") for line in requests) == fetched
@@ -278,7 +336,7 @@ def test_without_fsspec_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(DataError, match=r"fsspec\.core") as caught:
         ShardCache(str(tmp_path / "cache")).local(ShardPlace("s3://a/s.tar", "url"))
-    assert "pip install fsspec" in caught.value.hint
+    assert "`pip install fsspec s3fs`" in caught.value.hint
 
 
 def test_a_pipe_that_is_allowed_runs_once(tmp_path: Path, write_shard: Write) -> None:

@@ -250,3 +250,34 @@ def test_a_set_is_described_without_unpacking(shards: Path, monkeypatch: pytest.
     path.write_bytes(gzip.compress((shards / "s-0.tar").read_bytes()))
     assert describe_shards([str(path)], where=_WHERE, cache=str(cache)).samples == UNKNOWN
     assert not cache.exists()
+
+
+def test_members_in_no_sample_are_warned_of_once(
+    tmp_path: Path, write_shard: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    for shard in range(2):
+        lost = [(f"{n}.v1.{ending}", b"1") for n in range(3) for ending in ("jpg", "cls")]
+        write_shard(tmp_path / f"s-{shard}.tar", _entries(shard, 2) + lost)
+    store = _open(tmp_path)
+    (record,) = caplog.records
+    assert "s-0.tar: '0.v1.jpg' and 11 more members are in no sample" in record.getMessage()
+    caplog.clear()
+    pickle.loads(pickle.dumps(store)).read(0)
+    assert not caplog.records
+    _index(tmp_path, {"s-0.tar": 2, "s-1.tar": 2})
+    store = _open(tmp_path)
+    assert not caplog.records
+    assert [store.read(index).key for index in (3, 0)] == ["11", "00"]
+    assert len(caplog.records) == 1
+
+
+def test_a_copy_in_which_nothing_is_found_is_not_kept(tmp_path: Path, write_shard: Write) -> None:
+    write_shard(tmp_path / "s.tar.gz", [("x.txt", b"x")])
+    with pytest.raises(DataError, match="holds no sample"):
+        _open(tmp_path)
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    assert (tmp_path / "s.tar.gz").exists()
+    write_shard(tmp_path / "t.tar", [("x.txt", b"x")])
+    with pytest.raises(DataError, match="holds no sample"):
+        open_shards([str(tmp_path / "t.tar")], where=_WHERE, classes=5, cache=str(tmp_path))
+    assert (tmp_path / "t.tar").exists()

@@ -1,5 +1,6 @@
 """Evaluation: every sample once, with running statistics, leaving the net as it was."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,8 @@ from torch.nn import functional
 
 from petractl.data.normalisation import Normalisation
 from petractl.data.preparation import normalise
-from petractl.engine.evaluation import Placement, evaluate
+from petractl.engine.evaluation import PipelinedEvaluation, Placement, evaluate
+from petractl.engine.world import Alone
 from petractl.models.units import Network
 
 CPU = Placement(torch.device("cpu"), torch.contiguous_format)
@@ -48,6 +50,37 @@ def test_scores_are_means_over_all_samples():
     assert scores.loss == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert scores.top1 == pytest.approx(100 * (ranks == 0).double().mean().item())
     assert scores.top5 == pytest.approx(100 * (ranks < 5).double().mean().item())
+
+
+class Rows(nn.Module):
+    """A net that takes no batch of none: its second length would be ambiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(192, 7)
+
+    def forward(self, images):
+        return self.layer(images.reshape(images.shape[0], -1))
+
+
+def test_a_batch_of_none_counts_for_nothing():
+    torch.manual_seed(0)
+    network = Network([Rows()])
+    some = evaluate(network, batches(5, 3), placement=CPU)
+    first, second = batches(5, 3)
+    assert evaluate(network, [first, *batches(0), second], placement=CPU) == some
+    nothing = evaluate(network, batches(0, 0), placement=CPU)
+    assert nothing.samples == 0
+    assert math.isnan(nothing.loss)
+    assert math.isnan(nothing.top1)
+
+
+def test_among_stages_a_batch_of_none_keeps_its_place():
+    torch.manual_seed(0)
+    stages = [((None, None), [Rows()])]
+    data = [*batches(5), *batches(0), *batches(3)]
+    among = PipelinedEvaluation(stages, world=Alone(), batches=data, num_batches=3, placement=CPU)
+    assert among() == evaluate(Network([stages[0][1][0]]), data, placement=CPU)
 
 
 def test_fewer_than_five_classes():

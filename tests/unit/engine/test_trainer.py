@@ -1,5 +1,6 @@
 """What the trainer tells of its data; what it computes is what the numerics tests are about."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from petractl import build
 from petractl.data.encoded import BadSample
+from petractl.engine.evaluation import Scores
 from petractl.engine.trainer import Trainer, TrainingState
 from petractl.events import EpochTrained, Evaluated, Event, SamplesSkipped, StepsDone, WarningRaised
 from petractl.recipe.load import load_recipe
@@ -34,12 +36,14 @@ class Loader:
 
     def __init__(self, loader, *, wait_s, bad=()):
         self._loader, self._wait_s, self._bad = loader, wait_s, bad
-        self.wait_s, self.skipped, self.slow_hint = 100.0, [], "set data.workers = 2"
+        self.wait_s, self.start_s, self.skipped = 100.0, 100.0, []
+        self.slow_hint, self.max_skipped = "set data.workers = 2", 100
 
     def epoch(self, epoch, *, start=0):
         self.skipped += self._bad
         for batch in self._loader.epoch(epoch, start=start):
             self.wait_s += self._wait_s
+            self.start_s += self._wait_s if batch.index == 0 else 0.0
             yield batch
 
 
@@ -50,7 +54,7 @@ def built(tmp_path_factory) -> build.Built:
     return build.build(build.check(load_recipe(str(path))))
 
 
-def events_of(built, loader, *, epochs, evaluate=None) -> list[Event]:
+def events_of(built, loader, *, epochs, evaluate=None, save=lambda *_: None) -> list[Event]:
     events: list[Event] = []
     trainer = Trainer(
         pipeline=built.pipeline,
@@ -62,7 +66,7 @@ def events_of(built, loader, *, epochs, evaluate=None) -> list[Event]:
         epochs=epochs,
         evaluate_every=1,
         emit=events.append,
-        save=lambda *_: None,
+        save=save,
     )
     trainer.run(TrainingState())
     return events
@@ -73,8 +77,17 @@ def test_waiting_for_data_is_told_and_warned_of_once(built):
     trained = [event for event in events if isinstance(event, EpochTrained)]
     assert [round(e.data_wait_percent * e.seconds / 100.0) for e in trained] == [120, 120, 120]
     (warning,) = [event for event in events if isinstance(event, WarningRaised)]
-    assert "of epoch 1 (120.0 s) was spent waiting for data" in warning.message
+    assert "of epoch 1 (90.0 s) was spent waiting for data" in warning.message
     assert warning.hint == "set data.workers = 2"
+
+
+def test_a_long_epoch_is_warned_of_before_its_end(built, monkeypatch):
+    monkeypatch.setattr("petractl.engine.trainer.PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("petractl.engine.data_watch._EARLY_WARNING_S", 0.0)
+    events = events_of(built, Loader(built.training_data, wait_s=30.0), epochs=2)
+    told = [event for event in events if isinstance(event, EpochTrained | WarningRaised)]
+    assert [event.name for event in told] == ["warning_raised", "epoch_trained", "epoch_trained"]
+    assert "of epoch 1 so far (30.0 s)" in told[0].message
 
 
 def test_fast_data_are_no_reason_to_warn(built):
@@ -89,6 +102,20 @@ def test_progress_tells_the_waiting_of_the_epoch_so_far(built, monkeypatch):
     steps = [event for event in events if isinstance(event, StepsDone)]
     assert len(steps) == 4
     assert all(event.data_wait_percent > 100.0 for event in steps)
+
+
+def test_an_evaluation_of_nothing_is_no_best(built):
+    scores = iter([Scores(math.nan, math.nan, math.nan, 0), Scores(1.0, 20.0, 50.0, 5)])
+    saved = []
+    loader = Loader(built.training_data, wait_s=0.0)
+    events_of(
+        built,
+        loader,
+        epochs=2,
+        evaluate=lambda: next(scores),
+        save=lambda state, is_best, _: saved.append((is_best, state.best_epoch)),
+    )
+    assert saved == [(False, None), (True, 2)]
 
 
 def test_samples_left_out_are_told_after_the_epoch_and_after_its_evaluation(built):

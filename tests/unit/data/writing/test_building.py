@@ -108,8 +108,34 @@ def test_other_settings_do_not_mix(both_splits: Path, tmp_path: Path, picture: C
     with pytest.raises(UserError, match="its resize is 0, not 16"):
         build_shards(str(both_splits), tmp_path / "out", BuildOptions(samples_per_shard=3, resize=16))
     (both_splits / "train" / "ant" / "new.jpg").write_bytes(picture(77))
-    with pytest.raises(UserError, match="its splits is"):
+    with pytest.raises(UserError, match="its source has changed since"):
         build_shards(str(both_splits), tmp_path / "out", SMALL)
+    with pytest.raises(UserError, match=r'its splits is \["train", "val"\], not \["train"\]'):
+        build_shards(str(both_splits), tmp_path / "out", BuildOptions(samples_per_shard=3, split="train"))
+
+
+@pytest.mark.parametrize("change", ["rename", "replace"])
+def test_a_source_that_changed_meanwhile_does_not_mix(
+    both_splits: Path, tmp_path: Path, picture: Callable[..., bytes], change: str
+) -> None:
+    out, changed = tmp_path / "out", both_splits / "train" / "ant" / "ant_1.jpg"
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(str(both_splits), out, SMALL, workers=1, watch=Stopping(after=8))
+    if change == "rename":
+        changed.rename(changed.with_name("zebra.jpg"))
+    else:
+        changed.write_bytes(picture(77))
+    before = files(out)
+    with pytest.raises(UserError, match="its source has changed since") as refused:
+        build_shards(str(both_splits), out, SMALL)
+    assert files(out) == before
+    # The remedy it names.
+    assert f"or remove {out / JOURNAL_NAME} and its shards to begin anew" in (refused.value.hint or "")
+    for name in before:
+        (out / name).unlink()
+    build_shards(str(both_splits), out, SMALL)
+    build_shards(str(both_splits), tmp_path / "whole", SMALL)
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_a_build_that_was_killed_at_its_very_end(both_splits: Path, tmp_path: Path, monkeypatch) -> None:
@@ -151,22 +177,89 @@ def test_what_is_in_the_way(both_splits: Path, tmp_path: Path, write_folder: Cal
         build_shards(str(both_splits), out, SMALL)
 
 
-@pytest.mark.parametrize("name", ["retrain", "x/y", "-x", "a b", "Value"])
+@pytest.mark.parametrize("name", ["my-train", "x/y", "-x", "a b", "Value"])
 def test_unfit_names(both_splits: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--name"):
         build_shards(str(both_splits), tmp_path / "out", BuildOptions(name=name))
 
 
-def test_a_damaged_image_stops_the_build(both_splits: Path, tmp_path: Path) -> None:
-    bad = both_splits / "train" / "bee" / "bee_2.jpg"
-    whole = bad.read_bytes()
-    bad.write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(DataError, match=r"sample 'bee/bee_2.jpg': its JPEG is truncated"):
-        build_shards(str(both_splits), tmp_path / "out", SMALL)
+@pytest.fixture
+def stopped_by_damage(both_splits: Path, tmp_path: Path) -> Path:
+    """The destination of a build that stopped at a damaged image, after finishing some shards."""
+    (both_splits / "val" / "cat" / "cat_1.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(DataError, match=r"sample 'cat/cat_1.jpg': its JPEG is truncated") as stopped:
+        build_shards(str(both_splits), tmp_path / "out", SMALL, workers=1)
     assert not (tmp_path / "out" / INDEX_NAME).exists()
-    bad.write_bytes(whole)
-    build_shards(str(both_splits), tmp_path / "out", SMALL)
-    assert not (tmp_path / "out" / JOURNAL_NAME).exists()
+    assert (tmp_path / "out" / "train-000000.tar").exists()
+    assert stopped.value.hint == (
+        "with --on-error skip the same command leaves out such samples and goes on; mended or taken out it "
+        "makes another source, of which shards are built anew, in another folder"
+    )
+    return tmp_path / "out"
+
+
+def test_after_damage_the_build_goes_on_without_it(both_splits: Path, stopped_by_damage: Path) -> None:
+    finished = len(list(stopped_by_damage.glob("*.tar")))
+    skipping = BuildOptions(samples_per_shard=3, on_error="skip")
+    built = build_shards(str(both_splits), stopped_by_damage, skipping)
+    assert built.kept == finished
+    assert [bad.key for bad in built.skipped] == ["cat/cat_1.jpg"]
+    assert not (stopped_by_damage / JOURNAL_NAME).exists()
+
+
+@pytest.mark.parametrize("mend", [True, False])
+def test_after_damage_is_mended_the_build_begins_anew(
+    both_splits: Path, tmp_path: Path, stopped_by_damage: Path, picture: Callable[..., bytes], mend: bool
+) -> None:
+    bad = both_splits / "val" / "cat" / "cat_1.jpg"
+    if mend:
+        bad.write_bytes(picture(201))
+    else:
+        bad.unlink()
+    with pytest.raises(UserError, match="its source has changed since"):
+        build_shards(str(both_splits), stopped_by_damage, SMALL)
+    built = build_shards(str(both_splits), tmp_path / "other", SMALL)
+    assert sum(entry.samples for entry in built.index.shards) == 15 + mend
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_after_a_damaged_shard_the_build_goes_on_without_it(
+    both_splits: Path, tmp_path: Path, indexed: bool
+) -> None:
+    build_shards(str(both_splits), tmp_path / "set", SMALL)
+    damaged = tmp_path / "set" / "val-000001.tar"
+    damaged.write_bytes(b"\xff" * damaged.stat().st_size)
+    if not indexed:
+        (tmp_path / "set" / INDEX_NAME).unlink()
+    stopping = BuildOptions(samples_per_shard=4, classes=3)
+    with pytest.raises(DataError, match="not a readable shard") as stopped:
+        build_shards(str(tmp_path / "set"), tmp_path / "out", stopping, workers=1)
+    assert "or give --on-error skip to go on without what is lost" in stopped.value.hint
+    finished = len(list((tmp_path / "out").glob("*.tar")))
+    assert finished == (3 if indexed else 0)
+    skipping = BuildOptions(samples_per_shard=4, classes=3, on_error="skip")
+    built = build_shards(str(tmp_path / "set"), tmp_path / "out", skipping)
+    assert built.kept == finished
+    assert all(bad.place == str(damaged) for bad in built.skipped)
+    assert built.skipped
+
+
+def test_a_shard_that_lacks_samples_is_not_kept_where_damage_stops(both_splits: Path, tmp_path: Path) -> None:
+    (both_splits / "train" / "bee" / "bee_2.jpg").write_bytes(b"no image")
+    skipping = BuildOptions(samples_per_shard=12, on_error="skip")
+    with pytest.raises(KeyboardInterrupt):
+        # The first shard is finished with 12 samples, and the second begun.
+        build_shards(str(both_splits), tmp_path / "out", skipping, workers=1, watch=Stopping(after=13))
+    with pytest.raises(DataError, match=r"sample 'bee/bee_2.jpg'"):
+        build_shards(str(both_splits), tmp_path / "out", BuildOptions(samples_per_shard=12))
+    assert build_shards(str(both_splits), tmp_path / "out", skipping).skipped[0].key == "bee/bee_2.jpg"
+
+
+def test_names_with_a_splits_word_inside_another(both_splits: Path, tmp_path: Path) -> None:
+    build_shards(str(both_splits), tmp_path / "out", BuildOptions(name="medieval-latest", split="train"))
+    build_shards(str(both_splits), tmp_path / "out", BuildOptions(name="medieval-latest", split="val"))
+    for split, count in (("train", 12), ("val", 4)):
+        assert open_shards([str(tmp_path / "out")], where="data", split=split).sizes == (count,)
 
 
 def test_a_damaged_image_is_left_out(both_splits: Path, tmp_path: Path) -> None:
@@ -229,6 +322,29 @@ def test_a_wrong_source_makes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         build_shards(str(tmp_path / "nothing"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_source_and_destination_lie_apart(both_splits: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(both_splits)
+    refused = [
+        (both_splits, both_splits / "shards", "DST lies in SRC"),
+        (both_splits, both_splits / "train" / "ant" / "deep", "DST lies in SRC"),
+        (both_splits, tmp_path / "link" / "shards", "DST lies in SRC"),
+        (both_splits, both_splits, "DST is SRC itself"),
+        (both_splits / "train", both_splits, "DST holds SRC"),
+        (both_splits / "train", tmp_path, "DST holds SRC"),
+    ]
+    for source, folder, message in refused:
+        for make in (build_shards, preview_build):
+            with pytest.raises(UserError, match=message):
+                make(str(source), folder, SMALL)
+    assert sorted(path.name for path in both_splits.iterdir()) == ["train", "val"]
+    build_shards(str(both_splits), tmp_path / "a", SMALL)
+    pattern = str(tmp_path / "a" / "val-{000000..000001}.tar")
+    with pytest.raises(UserError, match="DST holds SRC"):
+        build_shards(pattern, tmp_path / "a", BuildOptions(name="b"))
+    # Named shards are no folder: what is beside them is not theirs.
+    build_shards(pattern, tmp_path / "a" / "b", SMALL)
 
 
 def test_threads_end_with_the_build(both_splits: Path, tmp_path: Path) -> None:

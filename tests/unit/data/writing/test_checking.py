@@ -1,5 +1,7 @@
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,35 @@ def test_shards_and_index_differ(shards: Path) -> None:
     ]
 
 
+def test_shards_that_the_index_lacks_are_told_wherever_they_are_named(shards: Path) -> None:
+    unlisted = ("train-000009.tar", "", "it is not in index.json")
+    shutil.copy(shards / "train-000000.tar", shards / unlisted[0])
+    same = ("train-000009.tar", "", f"it is the same as {shards / 'train-000000.tar'}, so that its samples")
+    found = faults(shards / INDEX_NAME)
+    assert found == [unlisted]
+    found = faults(shards / "train-{000000,000009}.tar")
+    assert found[0] == unlisted
+    assert found[1][2].startswith(same[2])
+    assert len(found) == 2
+
+
+def test_a_shard_that_stands_there_twice(shards: Path) -> None:
+    shutil.copy(shards / "train-000001.tar", shards / "train-000000.tar")
+    found = faults(shards)
+    assert found[0][:2] == ("train-000000.tar", "")
+    assert "SHA-256" in found[0][2]
+    same = f"it is the same as {shards / 'train-000000.tar'}, so that its samples count twice"
+    assert found[1:] == [("train-000001.tar", "", same)]
+
+
+def test_splits_that_share_a_shard_without_an_index(tmp_path: Path, write_cifar_shard) -> None:
+    write_cifar_shard(tmp_path / "x" / "train-0.tar", 3)
+    write_cifar_shard(tmp_path / "x" / "train-1.tar", 3, seed=1)
+    (tmp_path / "x" / "val-0.tar").symlink_to(tmp_path / "x" / "train-1.tar")
+    same = f"it is the same as {tmp_path / 'x' / 'train-1.tar'}, so that its samples count twice"
+    assert faults(tmp_path / "x") == [("val-0.tar", "", same)]
+
+
 def test_the_index_is_damaged(shards: Path) -> None:
     (shards / INDEX_NAME).write_text("{")
     found = faults(shards)
@@ -120,6 +151,37 @@ def test_every_sample_is_decoded(tmp_path: Path, write_shard, picture: Callable[
     for (_, _, reason), start in zip(found, starts, strict=True):
         assert reason.startswith(start)
     assert check_shards(str(tmp_path / "x")).classes == 0
+
+
+def test_samples_that_a_run_would_not_see(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    good = picture(0)
+    (tmp_path / "x").mkdir()
+    with tarfile.open(tmp_path / "x" / "0.tar", "w") as archive:
+        for name, content in [
+            ("a.jpg", good),
+            ("a.cls", b"0"),
+            ("a.mask.png", good),
+            ("b.v1.jpg", good),
+            ("b.v1.cls", b"1"),
+            ("../c.jpg", good),
+            ("../c.cls", b"1"),
+            ("d.cls", b"1"),
+        ]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("d.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        archive.addfile(link)
+    found = faults(tmp_path / "x", classes=5)
+    assert found[0] == (
+        "0.tar",
+        "b.v1.jpg",
+        "a run passes it over, since its key would hold a dot, and 1 more such file",
+    )
+    assert [key for _, key, _ in found[1:]] == ["../c", "d"]
+    assert "leads out" in found[1][2]
+    assert "link" in found[2][2]
 
 
 def test_folders_of_splits_and_compressed_shards(tmp_path: Path, write_cifar_shard, monkeypatch) -> None:

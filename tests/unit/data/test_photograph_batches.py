@@ -90,16 +90,26 @@ def test_the_fault_of_the_set_is_never_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "training", "left"),
-    [((3, 9), True, "none"), ((3, 9, 1), True, "1"), ((3, 9), False, "none"), ((3,), True, "none")],
+    ("samples", "left"),
+    [((3, 9), "none"), ((3, 9, 1), "1"), ((3,), "none")],
 )
-def test_a_batch_needs_something_left_to_train_on(
-    samples: tuple[int, ...], training: bool, left: str
-) -> None:
-    photographs = _photographs({9: "label", 3: "label"}, on_error="skip", training=training)
+def test_a_batch_needs_something_left_to_train_on(samples: tuple[int, ...], left: str) -> None:
+    photographs = _photographs({9: "label", 3: "label"}, on_error="skip")
     with pytest.raises(DataError, match=f"which leaves {left}: '0003': its label 'x'") as caught:
         photographs.prepare(_pick(*samples))
     assert caught.value.where == "train-0.tar"
+    assert "data.batch_size" in caught.value.hint
+    assert "data.shuffle_buffer = 0" in caught.value.hint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_goes_on_where_a_batch_is_lost(workers: int) -> None:
+    data = photograph_data(8, val=11, bad_val=dict.fromkeys(range(4, 8), "image"), on_error="skip")
+    loader = data.eval_loader(batch_size=4, workers=workers)
+    batches = list(loader)
+    assert [batch.labels.tolist() for batch in batches] == [[0, 1, 2, 3], [], [8, 9, 10]]
+    assert batches[1].images.shape == (0, 3, SIDE, SIDE)
+    assert [bad.key for bad in loader.skipped] == ["0004", "0005", "0006", "0007"]
 
 
 def test_one_sample_that_is_left_is_enough_to_evaluate_or_where_there_was_one() -> None:
