@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from petractl.data.dataset import AnyData, PhotographData, Source
 from petractl.data.decoding import formats_of
+from petractl.data.download import SetMissing
 from petractl.data.image_folder import class_folders
 from petractl.data.photograph_places import (
     FoundSplit,
@@ -91,7 +92,13 @@ def _source(name: str, request: Request, *, remedy: str) -> Source:
 
     def describe() -> tuple[DataInfo, _Known | None, _Known]:
         # Both are found before either is described: that can take a while.
-        found = [find_split(name, split, request, remedy=remedy) for split in _splits(request)]
+        try:
+            found = [find_split(name, split, request, remedy=remedy) for split in _splits(request)]
+        except SetMissing:
+            # A wrong training set is told first: the test set may be missed only because of it.
+            if request.train and not request.test_only:
+                find("train")
+            raise
         train = None if request.test_only else find("train")
         facts = train.facts if train else None
         names = () if found[-1].folder is None else facts.class_names if facts else names_elsewhere()

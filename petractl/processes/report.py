@@ -12,7 +12,9 @@ import errno
 import faulthandler
 import json
 import logging
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -225,6 +227,10 @@ def end_process(code: int) -> NoReturn:
     for flush in (logging.shutdown, sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(Exception):
             flush()
+    # Where the fork server of the data's workers has its sockets; nobody else removes it after `_exit`.
+    folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
 
 

@@ -181,6 +181,14 @@ def test_a_missing_set_says_what_to_get(
         assert all(word in caught.value.hint for word in words)
 
 
+@pytest.mark.parametrize("train", ["nope", "nope-{00..03}.tar", "pipe:cat x.tar"])
+def test_a_wrong_training_set_is_told_before_a_missing_test_set(train: str) -> None:
+    with pytest.raises(DataError) as caught:
+        describe_data("shards", train=train, val="")
+    assert caught.value.where == "data.train"
+    assert train[:4] in caught.value.what
+
+
 def test_imagenet_takes_shards_of_fewer_classes(shards: Path) -> None:
     write_index(shards, classes=3)
     assert opened("imagenet", train=str(shards)).info.classes == 1000

@@ -187,3 +187,19 @@ def test_a_worker_whose_launcher_was_gone_before_ends_at_once() -> None:
     assert run_worker("die_with_parent()\nprint('on')", launcher=str(os.getpid())).stdout == "on\n"
     done = run_worker("die_with_parent()\nprint('on')", launcher="1")
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_the_folder_of_the_fork_server_goes_with_the_process(tmp_path: Path) -> None:
+    code = (
+        "from multiprocessing import util; from petractl.processes.report import end_process; "
+        "print(util.get_temp_dir()); end_process(3)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 3
+    assert ended.stdout.strip().startswith(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
