@@ -45,8 +45,9 @@ def measured_cuts(
         UserError: more stages than units, or nothing fits.
     """
     balance = recipe.partition.balance
-    clock = _clock(recipe, device, mode, num_stages=num_stages) if balance == "time" else Clock()
-    net = _net(recipe, model, spec=spec, info=info, clock=clock)
+    processes = _num_processes(recipe, mode, num_stages=num_stages)
+    timed_on = device if balance == "time" else None
+    net = _net(recipe, model, spec=spec, info=info, timed_on=timed_on, processes=processes)
     memory = _memory_bytes(device) if mode != IN_PROCESS else None
     setting = Setting(
         devices=(DeviceSpec(str(device), memory_bytes=memory),) * num_stages,
@@ -78,8 +79,8 @@ def least_lookaheads(
 ) -> tuple[int, ...]:
     """Return the smallest lookaheads that cost no throughput, by the stages' and messages' measured times."""
     stages = len(cuts) + 1
-    clock = _clock(recipe, device, mode, num_stages=stages)
-    net = _net(recipe, model, spec=spec, info=info, clock=clock)
+    processes = _num_processes(recipe, mode, num_stages=stages)
+    net = _net(recipe, model, spec=spec, info=info, timed_on=device, processes=processes)
     k = recipe.method.accumulation
     times = net.stage_times(cuts, speeds=(1.0,) * stages, accumulation=k)
     # In one process messages do not travel.
@@ -87,8 +88,24 @@ def least_lookaheads(
     return least_lookahead(times, link=link, accumulation=k)
 
 
-def _net(recipe: Recipe, model: BuiltModel, *, spec: MethodSpec, info: DataInfo, clock: Clock) -> Net:
+def _net(
+    recipe: Recipe,
+    model: BuiltModel,
+    *,
+    spec: MethodSpec,
+    info: DataInfo,
+    timed_on: torch.device | None,
+    processes: int,
+) -> Net:
+    """Return what the units cost; in times of `timed_on`, or in FLOPs.
+
+    They are timed with the threads, and beside the processes, that the stages will have.
+    """
+    threads = num_threads(recipe, processes=processes)
+    beside = max(1, min(processes, usable_cores() // threads))
+    channels_last = recipe.model.memory_format == "channels-last"
     before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with torch.device("cpu"):  # the net itself is on the meta device
             return cost_net(
@@ -97,7 +114,9 @@ def _net(recipe: Recipe, model: BuiltModel, *, spec: MethodSpec, info: DataInfo,
                 method=spec,
                 input_shape=(info.channels, info.height, info.width),
                 batch_size=recipe.data.batch_size,
-                clock=clock,
+                clock=Clock()
+                if timed_on is None
+                else Clock(timed_on, autocast_dtype(recipe), channels_last, processes=beside),
                 optimizer=recipe.optimizer.name,
                 compared=False,
                 number_formats=wire_formats(recipe),
@@ -106,14 +125,8 @@ def _net(recipe: Recipe, model: BuiltModel, *, spec: MethodSpec, info: DataInfo,
         torch.set_num_threads(before)
 
 
-def _clock(recipe: Recipe, device: torch.device, mode: Mode, *, num_stages: int) -> Clock:
-    """Return how stages are timed: with the threads, and beside the processes, that they will have."""
-    processes = 1 if mode == IN_PROCESS else num_stages * recipe.engine.replicas
-    threads = num_threads(recipe, processes=processes)
-    torch.set_num_threads(threads)
-    beside = max(1, min(processes, usable_cores() // threads))
-    channels_last = recipe.model.memory_format == "channels-last"
-    return Clock(device, autocast_dtype(recipe), channels_last, processes=beside)
+def _num_processes(recipe: Recipe, mode: Mode, *, num_stages: int) -> int:
+    return 1 if mode == IN_PROCESS else num_stages * recipe.engine.replicas
 
 
 def _schedule(recipe: Recipe, spec: MethodSpec, *, num_stages: int) -> str | tuple[int, ...]:

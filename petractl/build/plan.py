@@ -174,7 +174,8 @@ class _Checker:
             kept = keepings(spec, reversible)
             cuts = self._choose_cuts(spec, costs, kept, model, info)
             num_stages = len(cuts) + 1
-            if recipe.engine.schedule == "least" and not spec.locked and not recipe.engine.lookahead:
+            is_open = recipe.engine.schedule == "least" and not recipe.engine.lookahead
+            if is_open and not spec.locked and not problems.found:
                 recipe = recipe.with_lookahead(
                     least_lookaheads(
                         recipe,
@@ -369,7 +370,7 @@ def _choose_lookahead(recipe: Recipe, spec: MethodSpec, stages: int, problems: _
     if schedule == "auto" or exact_schedule(recipe):
         schedule = "sequential" if spec.locked else "tight"
     if schedule == "least":
-        schedule = recipe.engine.lookahead
+        schedule = recipe.engine.lookahead or (0,) * stages  # not chosen where there are problems
     try:
         return lookaheads(schedule, num_stages=stages, slack=recipe.engine.slack)
     except ValueError as error:

@@ -175,8 +175,6 @@ class ExactPipeline:
         for stage in self.stages:
             stage.offset = offset
         self._on_microbatch = on_microbatch
-        if self.recorder is not None:
-            self.recorder.start()
         sent = [(part.bytes_sent_forward, part.bytes_sent_backward) for part in self.stages]
         try:
             for first in range(0, rows, self.accumulation):

@@ -113,8 +113,6 @@ class InProcessPipeline:
         stage's backward of microbatch i.
         """
         assert source is not None
-        if self.recorder is not None:
-            self.recorder.start()
         for stage in self.stages:
             stage.offset = offset
         pending = [

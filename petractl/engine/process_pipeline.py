@@ -144,8 +144,6 @@ class ProcessPipeline:
             is_last=links.to_above is None,
             num_rows=num_rows,
         )
-        if self.recorder is not None:
-            self.recorder.start()
         for operation in operations:
             self._execute(operation, source, num_microbatches)
             if operation.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD):

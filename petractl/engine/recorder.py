@@ -47,19 +47,15 @@ class _Row:
 
 
 class Recorder:
-    """Records the operations of an epoch's first `limit` microbatches."""
+    """Records the operations of the first `limit` microbatches of one epoch, which begins with it."""
 
     def __init__(self, device: torch.device, *, limit: int = TRACED_MICROBATCHES) -> None:
         self._device = device
         self._limit = limit
         self._rows: list[_Row] = []
         self._origin: tuple[float, Any] | None = None
-
-    def start(self) -> None:
-        """Begin an epoch."""
-        self._rows.clear()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
             self._origin = (time.perf_counter(), self._mark())
 
     @contextmanager
@@ -84,7 +80,7 @@ class Recorder:
         self._rows.append(_Row(stage, kind, microbatch, began, self._mark(), waited_s))
 
     def records(self) -> list[Record]:
-        """Return what was recorded since `start`; waits for the device."""
+        """Return what was recorded; waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         records: list[Record] = []

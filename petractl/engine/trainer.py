@@ -147,8 +147,6 @@ class Trainer:
 
     def run(self, state: TrainingState) -> Outcome:
         """Train from `state` to the last epoch."""
-        if self._trace is not None:
-            self._pipeline.recorder = Recorder(self._placement.device)
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))
@@ -167,6 +165,7 @@ class Trainer:
         if self._trace is not None:
             # Every epoch anew: clocks of two machines drift apart by a microbatch within the hour.
             self._clock_offset = self._world.clock_offset()
+            self._pipeline.recorder = Recorder(self._placement.device)
         started = time.perf_counter()
         with self._microbatches(epoch) as microbatches:
             self._pipeline.train(

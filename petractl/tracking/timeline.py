@@ -72,9 +72,8 @@ class TimelineFiles:
     def _spans(self, records: Sequence[tuple[int, Record]]) -> Iterator[Span]:
         """Yield the operations in the order of their starts, the first of them at 0 s."""
         several = self._num_places < self._num_stages and self._num_places > 1
-        ordered = sorted(records, key=lambda item: item[1].start_s)
-        for replica, r in ordered:
-            first_s = ordered[0][1].start_s
+        first_s = min((r.start_s for _, r in records), default=0.0)
+        for replica, r in sorted(records, key=lambda item: item[1].start_s):
             place = r.stage % self._num_places if several else None
             yield Span(
                 r.stage,

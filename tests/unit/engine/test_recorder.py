@@ -12,7 +12,6 @@ CPU = torch.device("cpu")
 
 def test_operations_in_their_order_with_what_was_waited_for() -> None:
     recorder = Recorder(CPU)
-    recorder.start()
     for kind, waited_s in (
         (Kind.FORWARD, 0.5),
         (Kind.BACKWARD, 0.5),
@@ -53,9 +52,7 @@ def test_where_nobody_says_how_long_it_waited_the_gap_tells() -> None:
 
 def test_only_the_first_microbatches_of_an_epoch_are_kept() -> None:
     recorder = Recorder(CPU, limit=2)
-    for epoch in range(2):
-        recorder.start()
-        for i in range(4):
-            with recorder.work(0, "F", i):
-                pass
-        assert [r.microbatch for r in recorder.records()] == [0, 1], epoch
+    for i in range(4):
+        with recorder.work(0, "F", i):
+            pass
+    assert [r.microbatch for r in recorder.records()] == [0, 1]
