@@ -3,7 +3,7 @@
 The function may live in an installed package or in a file of the current directory. It is called with the
 recipe's `model.arguments` and with those of `width, classes, in_channels, stem, depth` that its signature
 names. Whatever is wrong with it is told before a run starts, with the place in the user's file where it
-failed.
+failed. A user's auxiliary net is called in the same way (`auxiliary`).
 """
 
 import difflib
@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,21 +31,35 @@ def build_user_model(spec: str, *, shape: ModelShape, arguments: Mapping[str, An
         UserError: no such module or function, arguments that it does not take, an exception inside it, or a
             result that is not a list of modules, each with parameters of its own.
     """
-    function = import_named(spec, where="model.name")
-    if not callable(function):
-        raise UserError(f"{spec} is a {type(function).__name__}, not a function", where="model.name")
-    keywords = _keywords(spec, function, offered=asdict(shape), arguments=arguments)
-    try:
-        result = function(**keywords)
-    except Exception as error:
-        raise UserError(
-            f"{spec} raised {describe_exception(error)}",
-            where="model.name",
-            hint=f"it was called with {', '.join(f'{key}={value!r}' for key, value in keywords.items())}",
-        ) from error
+    result = call_named(spec, section="model", offered=asdict(shape), arguments=arguments)
     units = _checked_units(spec, result)
     names = tuple(f"unit{index} ({type(unit).__name__})" for index, unit in enumerate(units))
     return BuiltModel(units, names)
+
+
+def call_named(
+    spec: str, *, section: str, offered: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> object:
+    """Call the function that `spec` names; `section` is the recipe's that has its `name` and `arguments`.
+
+    It gets `arguments`, and of `offered` what its signature names; `arguments` win.
+
+    Raises:
+        UserError: no such module or function, arguments that it does not take, or an exception inside it.
+    """
+    where = f"{section}.name"
+    function = import_named(spec, where=where)
+    if not callable(function):
+        raise UserError(f"{spec} is a {type(function).__name__}, not a function", where=where)
+    keywords = _keywords(spec, function, where=f"{section}.arguments", offered=offered, arguments=arguments)
+    try:
+        return function(**keywords)
+    except Exception as error:
+        raise UserError(
+            f"{spec} raised {describe_exception(error)}",
+            where=where,
+            hint=f"it was called with {', '.join(f'{key}={value!r}' for key, value in keywords.items())}",
+        ) from error
 
 
 def import_named(spec: str, *, where: str) -> Any:
@@ -105,7 +119,12 @@ def describe_exception(error: BaseException) -> str:
 
 
 def _keywords(
-    spec: str, function: Callable[..., Any], *, offered: Mapping[str, Any], arguments: Mapping[str, Any]
+    spec: str,
+    function: Callable[..., Any],
+    *,
+    where: str,
+    offered: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> dict[str, Any]:
     try:
         parameters = inspect.signature(function).parameters
@@ -121,7 +140,7 @@ def _keywords(
     if unknown:
         raise UserError(
             f"{spec} takes no {', '.join(unknown)}",
-            where="model.arguments",
+            where=where,
             hint=f"it takes {', '.join(by_keyword) or 'nothing'}",
         )
     keywords = {key: value for key, value in offered.items() if takes_any or key in by_keyword}
@@ -134,8 +153,8 @@ def _keywords(
     if missing:
         raise UserError(
             f"{spec} needs {', '.join(missing)}",
-            where="model.arguments",
-            hint=f"give them as model.arguments; {', '.join(offered)} are passed by themselves",
+            where=where,
+            hint=f"give them as {where}; {', '.join(offered)} are passed by themselves",
         )
     return keywords
 
@@ -154,18 +173,23 @@ def _checked_units(spec: str, result: object) -> list[nn.Module]:
                 where="model.name",
                 hint=hint,
             )
-    _check_nothing_shared(spec, units)
+    check_nothing_shared(spec, units, where="model.name", kind="units")
     return units
 
 
-def _check_nothing_shared(spec: str, units: list[nn.Module]) -> None:
+def check_nothing_shared(spec: str, modules: Sequence[nn.Module], *, where: str, kind: str) -> None:
+    """Check that no two of the modules have a tensor in common; `kind` is what they are called.
+
+    Raises:
+        UserError: two have.
+    """
     owners: dict[int, int] = {}
-    for index, unit in enumerate(units):
-        for name, tensor in [*unit.named_parameters(), *unit.named_buffers()]:
+    for index, module in enumerate(modules):
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             owner = owners.setdefault(id(tensor), index)
             if owner != index:
                 raise UserError(
-                    f'units {owner} and {index} of {spec} share the tensor "{name}"',
-                    where="model.name",
-                    hint="each unit needs tensors of its own: a stage updates its parameters by itself",
+                    f'{kind} {owner} and {index} of {spec} share the tensor "{name}"',
+                    where=where,
+                    hint="each needs tensors of its own: a stage updates its parameters by itself",
                 )

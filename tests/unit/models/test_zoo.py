@@ -241,7 +241,7 @@ def test_the_seed_decides_the_weights() -> None:
 
 
 def test_every_model_has_a_description() -> None:
-    assert len(list_models()) == 9
+    assert len(list_models()) == 12
     assert all(describe_model(name) for name in list_models())
 
 
