@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from petractl.errors import UserError
+from petractl.methods.dual import Function, Row, Tangents, carry, lacks_forward_mode, one_by_one
+from petractl.methods.dual_mode import NotCarriedError, Statistics
 from petractl.methods.randomness import derive_seed, seed_device
 from petractl.models.units import Reconstruction, Reversible, Streams, as_streams, parts_begin_with
+
+Parameters = Sequence[Tensor] | None
+"""Tensors to use in the places of a unit's parameters; None for the current ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +32,8 @@ class Linearization:
     outputs: Streams
     parameters: Sequence[Tensor]
 
-    def vjp(self, gradients: Streams) -> tuple[Streams, list[Tensor | None]]:
-        """Return the gradients of inputs and parameters; frees the graph.
+    def vjp(self, gradients: Streams, *, retain_graph: bool = False) -> tuple[Streams, list[Tensor | None]]:
+        """Return the gradients of inputs and parameters; frees the graph unless it is retained.
 
         Where no input needs a gradient (images) there are none; beside others, one that cannot have one (an
         index, a mask) gets zeros.
@@ -39,7 +44,7 @@ class Linearization:
         found: Sequence[Tensor | None] = [None] * len(targets)
         if pairs and targets:
             outputs, seeds = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, targets, seeds, allow_unused=True)
+            found = torch.autograd.grad(outputs, targets, seeds, allow_unused=True, retain_graph=retain_graph)
         of_inputs = {id(x): g for x, g in zip(wanted, found, strict=False)}
         gradients_in = [(x, of_inputs.get(id(x))) for x in self.inputs] if wanted else []
         filled = tuple(torch.zeros_like(x) if g is None else g for x, g in gradients_in)
@@ -97,10 +102,57 @@ class Evaluator:
             outputs = self._evaluate(leaves)
         return Linearization(leaves, outputs, self.parameters if parameters is None else parameters)
 
-    def embedded(self, inputs: Streams, *, microbatch: int, live: bool) -> Streams:
+    def embedded(
+        self, inputs: Streams, *, microbatch: int, live: bool, parameters: Parameters = None
+    ) -> Streams:
         """Evaluate as a part of a larger graph: gradients flow on to whatever made the inputs."""
-        with torch.enable_grad(), self._conditions(microbatch, live=live, parameters=None):
+        with torch.enable_grad(), self._conditions(microbatch, live=live, parameters=parameters):
             return self._evaluate(inputs)
+
+    def push(
+        self,
+        inputs: Streams,
+        tangents: Sequence[Row],
+        *,
+        microbatch: int,
+        live: bool,
+        parameters: Parameters = None,
+        directions: Sequence[Row] = (),
+        statistics: Statistics = "batch",
+    ) -> tuple[Streams, list[Tangents]]:
+        """Evaluate once, without a graph, and carry tangents of the inputs and directions of the parameters.
+
+        A direction has a tangent, or None, for each of the unit's parameters; a row of `tangents` has one for
+        each input, and may go on with those of the parameters where one direction moves both. Returns the
+        outputs and one tuple of their tangents per row, those of `tangents` first. `live` is as in `plain`:
+        the running statistics follow once, whatever the number of rows.
+        """
+        used = self.parameters if parameters is None else parameters
+        count = len(inputs)
+        moves = bool(directions) or any(len(row) > count for row in tangents)
+        primals = (*inputs, *used) if moves else inputs
+        rows: list[Row] = [[*row, *[None] * (len(primals) - len(row))] for row in tangents]
+        rows += [[*[None] * count, *direction] for direction in directions]
+
+        def function(*, live: bool) -> Function:
+            def evaluate(*values: Tensor) -> Streams:
+                moved = values[count:] if moves else parameters
+                with self._conditions(microbatch, live=live, parameters=moved):
+                    return self._evaluate(values[:count])
+
+            return evaluate
+
+        kept = [(b, b.clone()) for b in self.unit.buffers()] if live and len(rows) > 1 else []
+        try:
+            return carry(function(live=live), primals, rows, statistics=statistics)
+        except NotCarriedError:
+            for buffer, value in kept:
+                buffer.copy_(value)
+        except RuntimeError as error:
+            if lacks_forward_mode(error):
+                raise self._has_no_forward_mode() from error
+            raise
+        return one_by_one(lambda k: function(live=live and k == 0), primals, rows, statistics=statistics)
 
     def reconstruct(
         self, outputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
@@ -128,6 +180,13 @@ class Evaluator:
             "it changes its input in place, which its neighbour or its own backward still needs",
             where=f"unit {self.index} ({self.name})",
             hint="use the out-of-place form, for example ReLU(inplace=False)",
+        )
+
+    def _has_no_forward_mode(self) -> UserError:
+        return UserError(
+            "it has an operation that PyTorch cannot differentiate in forward mode",
+            where=f"unit {self.index} ({self.name})",
+            hint='give its autograd function a jvp, or set method.derivative = "reverse"',
         )
 
     @contextmanager

@@ -9,6 +9,7 @@ from petractl.methods.family import METHODS, Keep, Keeping, keepings, method_nam
 INPUT, NOTHING, GRAPH = Keeping(Keep.INPUT), Keeping(Keep.NOTHING), Keeping(Keep.GRAPH)
 STASHED_INPUT = Keeping(Keep.INPUT, parameters=True)
 STASHED_NOTHING = Keeping(Keep.NOTHING, parameters=True)
+OWN_GRAPH = Keeping(Keep.GRAPH)
 STASHED_GRAPH = Keeping(Keep.GRAPH, parameters=True)
 
 
@@ -22,6 +23,8 @@ STASHED_GRAPH = Keeping(Keep.GRAPH, parameters=True)
         ("delayed", "parameters", False, STASHED_INPUT, STASHED_NOTHING, True),
         ("reversible", "", True, INPUT, NOTHING, True),
         ("backprop", "", True, STASHED_GRAPH, STASHED_GRAPH, False),
+        ("local", "", False, OWN_GRAPH, OWN_GRAPH, False),
+        ("forward-gradient", "", False, STASHED_GRAPH, STASHED_GRAPH, False),
     ],
 )
 def test_every_row(name, keep, locked, plain, reversible, needs_reversible):
@@ -33,8 +36,20 @@ def test_every_row(name, keep, locked, plain, reversible, needs_reversible):
 
 
 def test_there_are_no_other_rows():
-    assert len(METHODS) == len({(spec.name, spec.keep) for spec in METHODS}) == 7
-    assert method_names() == ("petra", "delayed", "reversible", "backprop")
+    assert len(METHODS) == len({(spec.name, spec.keep) for spec in METHODS}) == 9
+    assert method_names() == ("petra", "delayed", "reversible", "backprop", "local", "forward-gradient")
+
+
+def test_methods_that_train_block_by_block_run_in_sequence_unless_told_otherwise():
+    schedules = {spec.name: (spec.blocks, spec.default_schedule) for spec in METHODS}
+    assert schedules == {
+        "petra": (False, "tight"),
+        "delayed": (False, "tight"),
+        "reversible": (False, "sequential"),
+        "backprop": (False, "sequential"),
+        "local": (True, "sequential"),
+        "forward-gradient": (True, "sequential"),
+    }
 
 
 def test_delayed_keeps_the_graph_by_default():
