@@ -11,6 +11,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from petractl import __version__
 from petractl.events import (
     EpochTrained,
     Evaluated,
+    GradientsDiagnosed,
     PlanMade,
     RunFailed,
     RunFinished,
@@ -35,6 +37,7 @@ from petractl.tracking.masking import mask_credentials
 RUN_ID_NAME = "mlflow_run_id"
 
 _TEXT_ARTIFACTS = ("recipe.toml", "resolved.toml", "environment.json")
+_PARENT_TAG = "mlflow.parentRunId"
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
 _LONGEST = 6000  # characters of a parameter's value that MLflow keeps
 _ITEMS_PER_REQUEST = 100
@@ -51,6 +54,17 @@ _PLAN_PARAMETERS = (
     "replicas",
     "processes",
     "backend",
+)
+_DIAGNOSED = (
+    "cosine",
+    "norm_ratio",
+    "cosine_forward",
+    "norm_ratio_forward",
+    "delayed_cosine",
+    "delayed_norm_ratio",
+    "guess_cosine",
+    "guess_norm_ratio",
+    "reconstruction_error",
 )
 _STATUS = {RunFinished.name: "FINISHED", RunInterrupted.name: "KILLED"}
 
@@ -72,7 +86,10 @@ class TrackingSettings:
 
 @dataclass(frozen=True, slots=True)
 class MetricPoint:
-    """One value of one metric; `step` is the epoch (under "steps/" the update), `time_ms` is since 1970."""
+    """One value of one metric; `time_ms` is since 1970.
+
+    `step` is the epoch; under "steps/" and "diagnosis/" it is the update.
+    """
 
     key: str
     value: float
@@ -135,6 +152,29 @@ class MlflowRun:
             self._client.log_artifact(self._run_id, str(path), "plots")
             self._progress()
         self._client.set_terminated(self._run_id, status=status)
+
+    def nest(self, run_id: str) -> None:
+        """Show another run of the same store below this one; one that is not there is left out."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.set_tag(run_id, _PARENT_TAG, self._run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+    def log(self, metrics: Mapping[str, float], files: Iterable[Path]) -> None:
+        """Send final metrics and files."""
+        from mlflow.entities import Metric
+
+        now_ms = round(1000 * time.time())
+        points = [Metric(mlflow_name(key), value, now_ms, 0) for key, value in metrics.items()]
+        for chunk in _chunks(points, _METRICS_PER_REQUEST):
+            self._client.log_batch(self._run_id, metrics=chunk)
+            self._progress()
+        for path in files:
+            self._client.log_artifact(self._run_id, str(path))
+            self._progress()
 
     def _continued_run(self) -> str:
         """Return the id of the run that this folder has so far, set to running again; "" if there is none."""
@@ -223,6 +263,8 @@ def _metrics(record: dict[str, object]) -> tuple[int, dict[str, object]]:
             return epoch, {f"{record['split']}/{key}": record[key] for key in ("loss", "top1", "top5")}
         case {"event": StageMeasured.name, "epoch": int(epoch), "stage": int(), "replica": int()}:
             return epoch, _stage_metrics(record)
+        case {"event": GradientsDiagnosed.name, "update": int(update), "stage": int(stage)}:
+            return update, {f"diagnosis/{key}/stage_{stage:02d}": record[key] for key in _DIAGNOSED}
         case {"event": PlanMade.name, "stages": list(stages)}:
             return 0, {f"staleness_updates/stage_{s['index']:02d}": s["staleness_updates"] for s in stages}
         case {"event": RunFinished.name, "epochs": int(epochs)}:

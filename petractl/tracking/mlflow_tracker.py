@@ -27,6 +27,7 @@ from petractl.tracking.mlflow_run import TrackingSettings, sqlite_path
 
 LOG_NAME = "logs/mlflow.log"
 
+_RUN_WORKER = "petractl.tracking.mlflow_worker"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _SERVERS = ("http", "https", "databricks")
 # What the user has set in these wins over what is set here.
@@ -89,7 +90,7 @@ class MlflowTracker:
     `uri` is what `tracking_uri` gave; `parameters` is the resolved recipe, flattened. `on_warning(message,
     hint)` is called at most once; it may emit on the bus. `close` waits for what is still to be sent while
     the process gets on: for `close_wait_s` seconds in all and, on a server, for no more than `stall_s`
-    seconds without progress.
+    seconds without progress. `worker` is the module that the process runs; a sweep has one of its own.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class MlflowTracker:
         on_warning: Callable[[str, str], None] = _warn,
         close_wait_s: float = 30.0,
         stall_s: float = 5.0,
+        worker: str = _RUN_WORKER,
     ) -> None:
         path = sqlite_path(uri)
         is_database = uri.partition(":")[0].split("+")[0] in _DATABASES
@@ -119,18 +121,23 @@ class MlflowTracker:
         self._close_wait_s = close_wait_s
         # A file does not hang; making a store is one long step, and must not be given up in the middle.
         self._stall_s = stall_s if path is None else close_wait_s
+        self._module = worker
         self._worker: _Worker | None = None
         self._warned = False
         self._done = False
 
     def handle(self, event: Event, record: dict[str, object]) -> None:
         """Start the process at the first event; pass on its warning, if it has one."""
+        self.look()
+
+    def look(self) -> None:
+        """Start the process if there is none yet; pass on its warning, if it has one."""
         if self._worker is None:
             problem = tracking_problem(self._settings.uri)
             if problem:
                 self._warn_once(problem)
                 return
-            self._worker = _Worker(self._settings)
+            self._worker = _Worker(self._settings, self._module)
         self._take_reports(self._worker.reports(0.0))
 
     def close(self) -> None:
@@ -176,12 +183,12 @@ class MlflowTracker:
 class _Worker:
     """The other process, its command pipe and its reports."""
 
-    def __init__(self, settings: TrackingSettings) -> None:
+    def __init__(self, settings: TrackingSettings, module: str) -> None:
         log = Path(settings.run_dir) / LOG_NAME
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "petractl.tracking.mlflow_worker"],
+                [sys.executable, "-P", "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -16,8 +16,9 @@ import select
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 from petractl.tracking.journal import JournalTail
 from petractl.tracking.masking import mask_credentials
@@ -118,8 +119,8 @@ class MaskedStream(io.TextIOBase):
         self._stream.flush()
 
 
-def main() -> int:
-    """Serve one run; return the exit code: 0 if everything was sent, 1 if not."""
+def serve(follow: Callable[[TrackingSettings, Commands, Reporter], bool]) -> int:
+    """Serve one run, or one sweep; return the exit code: 0 if everything was sent, 1 if not."""
     # What libraries print must not get between the reports: they keep the pipe, stdout becomes stderr.
     reporter = Reporter(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
@@ -135,8 +136,11 @@ def main() -> int:
     return 0 if complete else 1
 
 
-if __name__ == "__main__":
-    # Not sys.exit: threads of a client that still waits for a server must not keep this process alive.
-    code = main()
+def end(code: int) -> NoReturn:
+    """End the process. Not by sys.exit: threads of a client that waits for a server must not hold it."""
     sys.stderr.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    end(serve(follow))
