@@ -54,6 +54,7 @@ class StagePlan:
     lookahead: int  # W: forwards ahead of the backward, in microbatches
     staleness_updates: float  # W / k: updates between the forward and the backward of one microbatch
     device: str = ""  # where it runs, e.g. "cuda:1"; of several replicas "cuda:1, cuda:3"; "" where unknown
+    auxiliary_percent: float | None = None  # FLOPs of its auxiliary net's forward, in percent of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,36 @@ class StageMeasured(Event):
     bytes_sent_backward: int | None  # to the stage before it
     staleness_updates: float | None  # updates between forward and backward of a microbatch, mean of the epoch
     peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GradientsDiagnosed(Event):
+    """What one stage learned from at one microbatch, compared with backpropagation; None where undefined.
+
+    Cosine and ratio of norms (estimate / end-to-end gradient) are over all parameters of the stage. There are
+    two end-to-end gradients: at the parameters of the stages' backwards, the current ones, and at those of
+    their forwards. The second is what plain delayed gradients would learn from: `delayed_...` compare it with
+    the first. `update` is what the last stage had made at its backward.
+    """
+
+    name: ClassVar[str] = "gradients_diagnosed"
+    epoch: int
+    update: int
+    stage: int
+    microbatch: int  # since the start of training, from 0
+    delay_updates: int  # made by this stage between its forward and its backward
+    cosine: float | None  # against the current parameters' gradient
+    norm_ratio: float | None
+    cosine_forward: float | None  # against the forward-time parameters' gradient
+    norm_ratio_forward: float | None
+    delayed_cosine: (
+        float | None
+    )  # of a plain delayed gradient, at the forwards' parameters, against the current
+    delayed_norm_ratio: float | None
+    guess_cosine: float | None = None  # of a block's guess against its target
+    guess_norm_ratio: float | None = None
+    reconstruction_error: float | None = None  # the largest relative error of a rebuilt input
+    reconstruction_errors: tuple[float | None, ...] = ()  # of each unit; None where nothing is rebuilt
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from petractl import build, checkpoint
+from petractl.engine.diagnosis import Diagnosis, Observable, observe
 from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
 from petractl.engine.pipeline import StageRecord
@@ -39,6 +40,7 @@ from petractl.processes import is_child_of_petractl, log_name
 from petractl.recipe.schema import Recipe
 from petractl.run_folder import RunFolder
 from petractl.tracking.console import TIMELINE_NAME, ConsoleListener
+from petractl.tracking.diagnosis_plot import DiagnosisPlotter
 from petractl.tracking.journal import Journal
 from petractl.tracking.log_file import LogFile
 from petractl.tracking.masking import mask_credentials
@@ -107,6 +109,8 @@ class Session:
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Put the parameters, buffers, optimisers and counters of this process back."""
         self._built.network.load_state_dict(saved.tensors["model"])
+        if self._built.auxiliary is not None:
+            self._built.auxiliary.load_state_dict(saved.tensors["auxiliary"])
         counters = Counters(**saved.state["counters"])
         for stage, parameters in self._stage_parameters():
             stage.counters = dataclasses.replace(counters)
@@ -220,12 +224,22 @@ class Session:
             evaluate=self._built.evaluate,
             settle=self._built.settle,
             trace=self._timeline.write if self._timeline is not None else None,
+            diagnosis=self._diagnosis(),
             placement=self._built.placement,
             epochs=self._recipe.training.epochs,
             evaluate_every=self._recipe.training.evaluate_every,
             emit=bus.emit,
             save=save,
         )
+
+    def _diagnosis(self) -> Diagnosis | None:
+        """Have the stages observed, if the recipe says so."""
+        every, stages = self._recipe.diagnostics.every, self._built.pipeline.stages
+        if not every:
+            return None
+        observable = [stage for stage in stages if isinstance(stage, Observable)]
+        assert len(observable) == len(self._built.plan.stages), "checked before: all stages are here"
+        return observe(observable, every=every)
 
     def _timeline_files(self, bus: EventBus) -> TimelineFiles:
         return TimelineFiles(
@@ -294,10 +308,16 @@ class Session:
             more_tensors, more_numbers = optimizer_state(stage.updater.optimizer, parameters)
             tensors |= more_tensors
             numbers |= more_numbers
-        return {"model": self._built.network.state_dict(), "optimizer": tensors}, numbers
+        groups = {"model": self._built.network.state_dict(), "optimizer": tensors}
+        if self._built.auxiliary is not None:
+            # Apart from the model: an exported net has none.
+            groups["auxiliary"] = self._built.auxiliary.state_dict()
+        return groups, numbers
 
     def _stage_parameters(self) -> Iterator[tuple[StageRecord, list[tuple[str, torch.nn.Parameter]]]]:
         names = dict(self._built.network.named_parameters())
+        if self._built.auxiliary is not None:
+            names |= dict(self._built.auxiliary.named_parameters())
         name_of = {id(p): name for name, p in names.items()}
         for stage in self._built.pipeline.stages:
             groups = stage.updater.optimizer.param_groups
@@ -316,6 +336,8 @@ class Session:
         bus.subscribe(Journal(path))
         bus.subscribe(ConsoleListener(tracking=how_to_look(uri) if tracking.mlflow else ""))
         bus.subscribe(CurvePlotter(path))
+        if self._recipe.diagnostics.every:
+            bus.subscribe(DiagnosisPlotter(path))
         if tracking.mlflow:
             bus.subscribe(
                 MlflowTracker(

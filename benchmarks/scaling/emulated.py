@@ -58,6 +58,7 @@ class SleepingStage:
     updater: Any = None
     offset = 0
     delay = 0
+    is_alone = False
 
     def __init__(self, index: int, settings: Settings) -> None:
         self.index = index

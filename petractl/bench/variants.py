@@ -19,7 +19,14 @@ from petractl.errors import Problem, RecipeError
 from petractl.recipe.checks import find_conflicts, find_warnings
 from petractl.recipe.load import LoadedRecipe
 from petractl.recipe.problems import problem_of
-from petractl.recipe.schema import EXACT_SCHEDULE_NAMES, LOCKED_METHODS, STAGES_PER_PROCESS, Recipe
+from petractl.recipe.schema import (
+    BLOCK_METHODS,
+    ESTIMATOR_KEYS,
+    EXACT_SCHEDULE_NAMES,
+    LOCKED_METHODS,
+    STAGES_PER_PROCESS,
+    Recipe,
+)
 
 _FORM = re.compile(r"(?P<name>[^:/]+)(:(?P<keep>[^:/]+))?(/(?P<schedule>[^:/]+))?")
 _COMMA = re.compile(r",(?![^\[]*\])")
@@ -89,6 +96,11 @@ def _set_method(data: dict[str, Any], base: Recipe, variant: Variant) -> None:
         section["keep"] = variant.keep
     elif variant.name != base.method.name:
         section.pop("keep", None)
+    if variant.name != "forward-gradient":
+        for key in ESTIMATOR_KEYS:
+            section.pop(key, None)
+    if variant.name not in BLOCK_METHODS:
+        data.pop("auxiliary", None)
 
 
 def _set_schedule(data: dict[str, Any], base: Recipe, variant: Variant) -> None:
@@ -97,14 +109,20 @@ def _set_schedule(data: dict[str, Any], base: Recipe, variant: Variant) -> None:
         section["schedule"] = _schedule_value(variant.schedule)
     elif not _fits(base, variant.name):
         section.pop("schedule", None)
-    takes_slack = variant.name not in LOCKED_METHODS and section.get("schedule", "auto") in ("auto", "tight")
-    if not takes_slack:
+    if not _takes_slack(variant.name, section.get("schedule", "auto")):
         section.pop("slack", None)
+
+
+def _takes_slack(method: str, schedule: object) -> bool:
+    if method in BLOCK_METHODS:
+        return schedule == "tight"
+    return method not in LOCKED_METHODS and schedule in ("auto", "tight")
 
 
 def _fits(base: Recipe, method: str) -> bool:
     """Tell whether a method can use the recipe's schedule as the recipe's own method does."""
-    if base.engine.schedule in EXACT_SCHEDULE_NAMES:
+    blocks = {method, base.method.name} & set(BLOCK_METHODS)
+    if blocks or base.engine.schedule in EXACT_SCHEDULE_NAMES:
         return method == base.method.name
     return (method in LOCKED_METHODS) == (base.method.name in LOCKED_METHODS)
 

@@ -57,6 +57,9 @@ def choose_mode(recipe: Recipe, launch: Launch | None) -> Mode:
     engine = recipe.engine
     if engine.mode != "auto":
         return engine.mode
+    choice = recipe.method.estimator
+    if recipe.diagnostics.every or (choice is not None and choice.probes):
+        return IN_PROCESS  # both look into all stages
     several_gpus = engine.device in ("auto", "cuda") and torch.cuda.device_count() >= 2
     asked = engine.replicas > 1 or bool(engine.devices) or bool(exact_schedule(recipe))
     asked = asked or engine.backend != "auto"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from petractl.build.blocks import AuxiliaryPart, make_auxiliaries
 from petractl.build.layout import IN_PROCESS, Layout, device_of, exact_schedule
 from petractl.build.parts import (
     autocast_dtype,
@@ -31,6 +32,8 @@ from petractl.build.wiring import Wiring
 from petractl.data import DataInfo, TrainLoader, open_data
 from petractl.data.loader import EvalLoader
 from petractl.engine.assembly import assemble_stages, stage_bounds
+from petractl.engine.block_assembly import Auxiliaries, assemble_blocks
+from petractl.engine.block_stage import BlockStage
 from petractl.engine.evaluation import PipelinedEvaluation, Placement, Scores, evaluate
 from petractl.engine.pipeline import InProcessPipeline, Pipeline
 from petractl.engine.process_pipeline import ProcessPipeline
@@ -39,7 +42,9 @@ from petractl.engine.schedule import num_updates
 from petractl.engine.stage import Stage
 from petractl.engine.trainer import EpochLength, EvaluationData
 from petractl.engine.world import Alone, Launch, World
+from petractl.estimator import LOCAL
 from petractl.events import PlanMade
+from petractl.methods.block import Loss
 from petractl.methods.evaluation import Evaluator
 from petractl.methods.randomness import derive_seed
 from petractl.models.units import Network
@@ -68,6 +73,8 @@ class Built:
     placement: Placement
     plan: PlanMade
     left_weights: tuple[str, ...]
+    auxiliary: nn.Module | None = None
+    """The auxiliary nets that learn here, under their names in checkpoints."""
     settle: Callable[[], None] = lambda: None
 
 
@@ -135,8 +142,9 @@ def _build_alone(plan: CheckedPlan, data: DataHere, *, starting_weights: bool) -
     network, left = _weights(plan, starting_weights=starting_weights)
     network.to(plan.device)
     placement = _placement(recipe, plan.device)
+    auxiliaries = _auxiliaries(plan, network, device=plan.device, wanted=range(plan.num_stages))
     pipeline = InProcessPipeline(
-        _stages(plan, network, data, device=plan.device, wanted=None),
+        _stages(plan, network, data, auxiliaries, device=plan.device, wanted=None),
         lookahead=plan.lookahead,
         accumulation=recipe.method.accumulation,
         number_formats=wire_formats(recipe),
@@ -152,6 +160,7 @@ def _build_alone(plan: CheckedPlan, data: DataHere, *, starting_weights: bool) -
         placement=placement,
         plan=_plan_event(plan, data, [str(plan.device)], threads=num_threads(recipe)),
         left_weights=left,
+        auxiliary=_auxiliary_part(plan, auxiliaries),
     )
 
 
@@ -162,14 +171,16 @@ def _build_part(plan: CheckedPlan, data: DataHere, world: World, *, starting_wei
     bounds = stage_bounds(plan.cuts, num_units=len(plan.names))
     here = [n for j in wanted for n in range(*bounds[j])]
     part = _NetworkPart({n: network.units[n] for n in here}).to(world.device)
-    reducer = _reducer(part, world)
+    auxiliaries = _auxiliaries(plan, network, device=world.device, wanted=wanted)
+    auxiliary = _auxiliary_part(plan, auxiliaries)
+    reducer = _reducer(part, auxiliary, world)
     wiring = Wiring(plan, world)
     wiring.agree()
     pipeline: Pipeline
     if exact_schedule(recipe):
         pipeline = _exact_pipeline(plan, network, data, world, reducer)
     else:
-        (stage,) = _stages(plan, network, data, device=world.device, wanted=wanted)
+        (stage,) = _stages(plan, network, data, auxiliaries, device=world.device, wanted=wanted)
         stage.reducer, stage.replica, stage.replicas = reducer, seat.replica, seat.num_replicas
         pipeline = ProcessPipeline(
             stage,
@@ -192,6 +203,7 @@ def _build_part(plan: CheckedPlan, data: DataHere, world: World, *, starting_wei
         placement=placement,
         plan=_plan_event(plan, data, devices, threads=torch.get_num_threads(), backend=world.backend),
         left_weights=left,
+        auxiliary=auxiliary,
         settle=partial(_settle, part, world),
     )
 
@@ -236,10 +248,11 @@ def _settle(part: nn.Module, world: World) -> None:
         average_buffers(part.buffers(), group=world.replicas)
 
 
-def _reducer(part: _NetworkPart, world: World) -> Reducer | None:
+def _reducer(part: _NetworkPart, auxiliary: nn.Module | None, world: World) -> Reducer | None:
     if world.replicas is None:
         return None
-    units = [[p for p in unit.parameters() if p.requires_grad] for unit in part.units.values()]
+    modules = [*part.units.values(), *([auxiliary] if auxiliary is not None else [])]
+    units = [[p for p in module.parameters() if p.requires_grad] for module in modules]
     return Reducer(units, group=world.replicas)
 
 
@@ -290,23 +303,72 @@ def _processes_here() -> int:
     return launch.local_world_size if launch else 1
 
 
+def _auxiliaries(
+    plan: CheckedPlan, network: Network, *, device: torch.device, wanted: range
+) -> list[Auxiliaries]:
+    """Build the auxiliary nets, where blocks have any."""
+    if plan.choice is None:
+        return []
+    return make_auxiliaries(
+        plan.recipe,
+        list(network.units),
+        plan.costs,
+        cuts=plan.cuts,
+        classes=plan.classes,
+        device=device,
+        wanted=wanted,
+    )
+
+
+def _auxiliary_part(plan: CheckedPlan, auxiliaries: list[Auxiliaries]) -> nn.Module | None:
+    if not any(nets.learning for nets in auxiliaries):
+        return None
+    return AuxiliaryPart(auxiliaries, cuts=plan.cuts, num_units=len(plan.names))
+
+
 def _stages(
-    plan: CheckedPlan, network: Network, data: DataHere, *, device: torch.device, wanted: range | None
-) -> list[Stage]:
+    plan: CheckedPlan,
+    network: Network,
+    data: DataHere,
+    auxiliaries: list[Auxiliaries],
+    *,
+    device: torch.device,
+    wanted: range | None,
+) -> list[Stage] | list[BlockStage]:
     recipe = plan.recipe
+    if plan.choice is not None:
+        return assemble_blocks(
+            list(network.units),
+            names=plan.names,
+            cuts=plan.cuts,
+            choice=plan.choice,
+            auxiliaries=auxiliaries,
+            num_streams=[1, *(len(cost.output_shapes) for cost in plan.costs)],
+            make_updater=partial(make_updater, recipe, data.length.rows),
+            loss=_loss(recipe),
+            seed=derive_seed(recipe.run.seed, "units"),
+            device=device,
+            autocast_dtype=autocast_dtype(recipe),
+            wanted=wanted,
+        )
     return assemble_stages(
         list(network.units),
         names=plan.names,
         cuts=plan.cuts,
         method=plan.method,
         make_updater=partial(make_updater, recipe, data.length.rows),
-        loss=partial(functional.cross_entropy, label_smoothing=recipe.training.label_smoothing),
+        loss=_loss(recipe).mean,
         seed=derive_seed(recipe.run.seed, "units"),
         device=device,
         statistics_in_forward=recipe.method.bn_statistics == "forward",
         autocast_dtype=autocast_dtype(recipe),
         wanted=wanted,
     )
+
+
+def _loss(recipe: Recipe) -> Loss:
+    smoothed = partial(functional.cross_entropy, label_smoothing=recipe.training.label_smoothing)
+    return Loss(smoothed, partial(smoothed, reduction="none"))
 
 
 def _exact_pipeline(
@@ -337,7 +399,7 @@ def _exact_pipeline(
         parts.append(ExactPart(j, evaluators, updater, replica=seat.replica, replicas=seat.num_replicas))
     return ExactPipeline(
         parts=parts,
-        loss=partial(functional.cross_entropy, label_smoothing=recipe.training.label_smoothing),
+        loss=_loss(recipe).mean,
         schedule=exact_schedule(recipe),
         accumulation=recipe.method.accumulation,
         seat=seat,
@@ -363,6 +425,8 @@ def _plan_event(
             lookahead=plan.lookahead,
             accumulation=k,
             devices=_stage_devices(layout, devices, plan.num_stages),
+            alone=plan.choice is not None and not plan.choice.sends_down,
+            auxiliary=plan.auxiliary_costs,
         ),
         microbatch_size=recipe.data.batch_size,
         accumulation=k,
@@ -374,7 +438,7 @@ def _plan_event(
         val_samples=data.info.val_samples,
         parameters=sum(cost.parameters for cost in plan.costs),
         schedule=_schedule_words(plan),
-        method=plan.method.name + (f" (keep = {plan.method.keep})" if plan.method.keep else ""),
+        method=_method_words(plan),
         precision=recipe.engine.precision,
         device=", ".join(dict.fromkeys(devices)),
         threads=threads,
@@ -382,6 +446,14 @@ def _plan_event(
         processes=layout.num_processes,
         backend=backend,
     )
+
+
+def _method_words(plan: CheckedPlan) -> str:
+    if plan.method.keep:
+        return f"{plan.method.name} (keep = {plan.method.keep})"
+    if plan.choice is None or plan.choice == LOCAL:
+        return plan.method.name
+    return f"{plan.method.name} ({plan.choice})"
 
 
 def _stage_devices(layout: Layout, devices: list[str], num_stages: int) -> list[str]:
@@ -393,8 +465,10 @@ def _stage_devices(layout: Layout, devices: list[str], num_stages: int) -> list[
 
 def _schedule_words(plan: CheckedPlan) -> str:
     schedule, slack = plan.recipe.engine.schedule, plan.recipe.engine.slack
+    if plan.choice is not None and not plan.choice.sends_down:
+        return "every block on its own: nothing comes down"
     if schedule == "auto":
-        schedule = "sequential" if plan.method.locked else "tight"
+        schedule = plan.method.default_schedule
     if not isinstance(schedule, str):
         return str(list(schedule))
     if schedule == "least":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from petractl.build.blocks import costs_of_auxiliaries, single_block_warnings
 from petractl.build.layout import (
     IN_PROCESS,
     Layout,
@@ -24,10 +25,12 @@ from petractl.data.order import TrainOrder
 from petractl.engine.schedule import lookaheads
 from petractl.engine.world import Launch
 from petractl.errors import Problem, RecipeError, UserError
+from petractl.estimator import Estimator
 from petractl.methods.family import Keeping, MethodSpec, keepings, method_spec
 from petractl.models.registry import BuiltModel
 from petractl.models.units import Network, is_reversible
 from petractl.models.weights import load_weights
+from petractl.planning.auxiliary_cost import AuxiliaryCost
 from petractl.planning.flops import UnitCost, unit_costs
 from petractl.planning.stages import balanced_cuts
 from petractl.recipe.checks import explicit_keys
@@ -54,6 +57,10 @@ class CheckedPlan:
     """The device of a run in one process."""
     layout: Layout
     warnings: tuple[Problem, ...]
+    choice: Estimator | None = None
+    """What blocks learn from; None for methods whose stages are no blocks."""
+    auxiliary_costs: tuple[AuxiliaryCost, ...] = ()
+    """Of the auxiliary net of every block but the last; empty where there are none."""
 
     @property
     def num_stages(self) -> int:
@@ -192,6 +199,12 @@ class _Checker:
                 problems.found += layout_problems(recipe, layout, self._launch, num_stages=num_stages)
             if recipe.engine.mode == "auto" and self._mode == IN_PROCESS:
                 warnings += _idle_alone(recipe)
+            choice = recipe.method.estimator
+            auxiliary: tuple[AuxiliaryCost, ...] = ()
+            if choice is not None:
+                warnings += single_block_warnings(recipe, num_blocks=num_stages)
+                if not problems.found:
+                    auxiliary = costs_of_auxiliaries(recipe, model, costs, cuts=cuts, classes=classes)
             if 0 < info.train_samples < recipe.data.batch_size:
                 what = f"{recipe.data.batch_size} is more than the {info.train_samples} samples"
                 warnings.append(Problem("data.batch_size", what, "every microbatch will hold all of them"))
@@ -209,6 +222,8 @@ class _Checker:
                 device=device,
                 layout=layout,
                 warnings=tuple(warnings),
+                choice=choice,
+                auxiliary_costs=auxiliary,
             )
         return None
 
@@ -368,7 +383,7 @@ def _check_method(
 def _choose_lookahead(recipe: Recipe, spec: MethodSpec, stages: int, problems: _Problems) -> tuple[int, ...]:
     schedule = recipe.engine.schedule
     if schedule == "auto" or exact_schedule(recipe):
-        schedule = "sequential" if spec.locked else "tight"
+        schedule = spec.default_schedule
     if schedule == "least":
         schedule = recipe.engine.lookahead or (0,) * stages  # not chosen where there are problems
     try:

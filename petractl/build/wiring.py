@@ -6,15 +6,19 @@ import petractl
 from petractl.build.parts import eval_batch_size, wire_formats
 from petractl.build.plan import CheckedPlan
 from petractl.engine import wire
+from petractl.engine.assembly import stage_bounds
 from petractl.engine.carriers import Carrier, HostCarrier, MessageSize, NcclCarrier, Route, StagedCarrier
 from petractl.engine.evaluation import Neighbours
 from petractl.engine.links import Inbox, Outbox
-from petractl.engine.messages import Activation
+from petractl.engine.messages import Activation, Gradient
 from petractl.engine.process_pipeline import Links
 from petractl.engine.world import World, agree
 from petractl.methods.family import Keep
 
-_EVALUATION_AHEAD = 4  # batches on their way to a slower stage
+Described = tuple[tuple[int, ...], torch.dtype]
+"""A tensor's shape and dtype."""
+
+_AHEAD = 4  # batches on their way to a slower stage
 
 
 class Wiring:
@@ -29,8 +33,9 @@ class Wiring:
     def agree(self) -> None:
         """Check that all processes have the same versions and expect messages of the same sizes."""
         facts = {"torch": torch.__version__, "petractl": petractl.__version__}
+        comes_down = self._plan.choice is None or self._plan.choice.sends_down
         for place in range(1, self._world.seat.num_places):
-            for upwards in (True, False):
+            for upwards in (True, False) if comes_down else (True,):
                 way = f"{place - 1} to {place}" if upwards else f"{place} to {place - 1}"
                 facts[f"the size of a message from stage {way}"] = str(self._size(place, upwards=upwards))
         agree(self._world, facts)
@@ -40,22 +45,25 @@ class Wiring:
         place, last = self._world.seat.place, self._world.seat.num_places - 1
         me, tag = self._world.me, self._tag
         below, above = place - 1, place + 1
-        links = Links()
+        comes_down = self._plan.choice is None or self._plan.choice.sends_down
+        from_below: Inbox[Activation] | None = None
+        to_below: Outbox[Gradient] | None = None
+        to_above: Outbox[Activation] | None = None
+        from_above: Inbox[Gradient] | None = None
         if place > 0:
             peer = self._world.neighbour(below)
-            links = Links(
-                from_below=Inbox(self._carrier(below, upwards=True, tag=tag), owner=me, peer=peer),
-                to_below=Outbox(self._carrier(below, upwards=False, tag=tag), owner=me, peer=peer),
-            )
+            from_below = Inbox(self._carrier(below, upwards=True, tag=tag), owner=me, peer=peer)
+            if comes_down:
+                to_below = Outbox(self._carrier(below, upwards=False, tag=tag), owner=me, peer=peer)
         if place < last:
             peer = self._world.neighbour(above)
-            links = Links(
-                from_below=links.from_below,
-                to_below=links.to_below,
-                to_above=Outbox(self._carrier(above, upwards=True, tag=tag), owner=me, peer=peer),
-                from_above=Inbox(self._carrier(above, upwards=False, tag=tag), owner=me, peer=peer),
-            )
-        return links
+            # Where nothing comes back, nothing else would hold a fast stage.
+            limit = 0 if comes_down else _AHEAD
+            carrier = self._carrier(above, upwards=True, tag=tag)
+            to_above = Outbox(carrier, owner=me, peer=peer, limit=limit)
+            if comes_down:
+                from_above = Inbox(self._carrier(above, upwards=False, tag=tag), owner=me, peer=peer)
+        return Links(from_below, to_below, to_above, from_above)
 
     def evaluation_links(self, stage: int, number: int) -> Neighbours:
         """Return the links of a stage in evaluation, the `number`-th of this process."""
@@ -77,7 +85,7 @@ class Wiring:
                 self._evaluation_carrier(above, stage + 1, tag=tag),
                 owner=me,
                 peer=self._world.neighbour(above),
-                limit=_EVALUATION_AHEAD,
+                limit=_AHEAD,
             )
         return inbox, outbox
 
@@ -119,9 +127,34 @@ class Wiring:
             ((samples, *shape), dtype)
             for shape, dtype in zip(cost.output_shapes, cost.output_dtypes, strict=True)
         ]
-        rebuilt = plan.keepings[unit].keep is Keep.NOTHING
-        down = [*streams, *streams] if rebuilt else streams
-        tensors = [*streams, ((samples,), torch.int64)] if upwards else down
+        tensors = self._upwards(stage, streams) if upwards else self._downwards(stage, streams)
+        if number_format:  # evaluation, in which nothing but activations travels
+            tensors = streams
+        if upwards:
+            tensors = [*tensors, ((samples,), torch.int64)]
         number_format = number_format or self._formats[0 if upwards else 1]
         payload = wire.payload_bytes(tensors, number_format=number_format)
         return MessageSize(8 * wire.header_words(len(tensors)), payload, number_format)
+
+    def _upwards(self, stage: int, streams: list[Described]) -> list[Described]:
+        return streams * (1 + self._tangents(stage))
+
+    def _downwards(self, stage: int, streams: list[Described]) -> list[Described]:
+        """Return what comes down to the stage below: gradients, rebuilt streams, or derivatives."""
+        plan = self._plan
+        if plan.choice is None:
+            rebuilt = plan.keepings[plan.cuts[stage - 1] - 1].keep is Keep.NOTHING
+            return [*streams, *streams] if rebuilt else streams
+        if plan.choice.carries_tangents:
+            rows = plan.recipe.data.batch_size if plan.choice.per_sample else 1
+            return [((self._tangents(stage), rows), torch.float32)]
+        return streams * len(plan.choice.kinds)
+
+    def _tangents(self, stage: int) -> int:
+        """Return how many tangents come up to a stage."""
+        plan = self._plan
+        if plan.choice is None:
+            return 0
+        bounds = stage_bounds(plan.cuts, num_units=len(plan.costs))
+        tensors = [sum(cost.trained_tensors for cost in plan.costs[first:end]) for first, end in bounds]
+        return plan.choice.tangents_entering(tensors, samples=plan.recipe.data.batch_size)[stage]

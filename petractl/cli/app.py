@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from petractl.cli import bench, export, ls, partition, resume, run, shards, show, simulate, validate
+from petractl.cli import (
+    bench,
+    compare,
+    export,
+    ls,
+    partition,
+    resume,
+    run,
+    shards,
+    show,
+    simulate,
+    sweep,
+    validate,
+)
 from petractl.cli import eval as eval_
 from petractl.cli.report import guarded
 
@@ -34,7 +47,9 @@ COMMANDS = (
     Command("resume", resume.command, _TRAIN),
     Command("eval", eval_.command, _TRAIN),
     Command("export", export.command, _TRAIN),
+    Command("sweep", sweep.command, _TRAIN),
     Command("bench", bench.command, _LOOK),
+    Command("compare", compare.command, _LOOK),
     Command("partition", partition.command, _LOOK),
     Command("simulate", simulate.command, _LOOK),
     Command("validate", validate.command, _LOOK),

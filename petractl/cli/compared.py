@@ -36,11 +36,14 @@ def write_comparison(
     """
     from petractl.cli.recipe_pipeline import recipe_pipeline
     from petractl.planning.measured import measured_run
+    from petractl.planning.planned import refuse_unplanned
     from petractl.planning.simulation import simulate
     from petractl.planning.times import Link
     from petractl.tracking.journal import read_journal
 
     measured = measured_run(read_journal(run), where=str(run))
+    hint = "compare a run of another method"
+    refuse_unplanned(measured.method.partition(" ")[0], where=str(run), hint=hint)
     if measured.schedule == "interleaved-1f1b":
         raise UserError(
             "its processes hold several stages, whose times were not told apart",

@@ -98,7 +98,7 @@ def _methods() -> Listing:
             "keep": spec.keep or None,
             "keeps_inputs": inputs[spec.reversible.keep],
             "keeps_parameters": "yes" if spec.reversible.parameters else "no",
-            "schedule": "sequential" if spec.locked else "tight",
+            "schedule": spec.default_schedule,
             "what": spec.summary,
         }
         for spec in METHODS

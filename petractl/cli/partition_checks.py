@@ -62,11 +62,14 @@ def _check_model(asked: Mapping[str, Any]) -> None:
 def _check_method(asked: Mapping[str, Any]) -> None:
     """Refuse methods that are not known, and schedules that they do not run."""
     from petractl.methods.family import method_spec
+    from petractl.planning.planned import refuse_unplanned
 
     try:
         spec = method_spec(asked["method"], keep=asked["keep"])
     except ValueError as error:
         raise UserError(str(error), where="--method", hint="see `petractl ls methods`") from None
+    hint = 'partition.stages = "units" in a recipe makes a block of each unit'
+    refuse_unplanned(spec.name, where="--method", hint=hint)
     if asked["keep"] and spec.keep != asked["keep"]:
         raise UserError(
             f"{spec.name} has nothing to choose", where="--keep", hint="leave it out, or use delayed"

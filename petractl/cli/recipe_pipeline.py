@@ -163,9 +163,12 @@ def recipe_pipeline(
     Raises:
         UserError: what `validate` would say, or devices that do not suit.
     """
+    from petractl.planning.planned import refuse_unplanned
     from petractl.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides=list(overrides))
+    hint = "`petractl bench` measures it"
+    refuse_unplanned(loaded.recipe.method.name, where=f"{loaded.path}: method.name", hint=hint)
     from petractl import build
 
     plan = build.check(loaded)

@@ -17,7 +17,7 @@ from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.recorder import Recorder
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
-from petractl.engine.stage import Counters, Stage, Totals
+from petractl.engine.stage import Counters, Totals
 from petractl.engine.transport import Mailbox
 from petractl.engine.update import Updater
 from petractl.errors import RunError
@@ -65,11 +65,44 @@ class Pipeline(Protocol):
         ...
 
 
+class StageLike(Protocol):
+    """What a stage has to be for the engine: `Stage`, or one that only sleeps (benchmarks)."""
+
+    index: int
+    offset: int
+    counters: Counters
+    totals: Totals
+    updater: Updater
+    delay: int
+    is_alone: bool
+    """Nothing comes down to it: forward and backward are one operation, whose answer goes up."""
+
+    def forward(self, message: Activation) -> Activation:
+        """Run the forward."""
+        ...
+
+    def backward(self, message: Gradient, *, group_size: int) -> Gradient:
+        """Run the backward."""
+        ...
+
+    def forward_backward(self, message: Activation, *, group_size: int) -> Activation | Gradient:
+        """Run forward and backward of one microbatch, where they are one operation."""
+        ...
+
+    def update(self, *, partial: bool) -> None:
+        """Update the parameters."""
+        ...
+
+    def microbatches_in_flight(self) -> int:
+        """Count what waits for its backward."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Seat:
     """A stage with its mailboxes: activations from below, gradients from above, and its way to send both."""
 
-    stage: Stage
+    stage: StageLike
     activations: Mailbox[Activation]
     gradients: Mailbox[Gradient]
 
@@ -83,7 +116,7 @@ class InProcessPipeline:
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[StageLike],
         *,
         lookahead: Sequence[int],
         accumulation: int,
@@ -121,7 +154,7 @@ class InProcessPipeline:
                     lookahead=w,
                     num_microbatches=num_microbatches,
                     accumulation=self.accumulation,
-                    is_last=j == len(self.stages) - 1,
+                    is_last=j == len(self.stages) - 1 or self.stages[j].is_alone,
                     num_rows=num_rows,
                 )
             )
@@ -133,7 +166,9 @@ class InProcessPipeline:
                 if p.operation is not None and self._ready(j, p.operation):
                     with self._recorded(j, p.operation):
                         self._execute(j, p.operation, source, num_microbatches)
-                    if p.operation.kind is Kind.FORWARD_BACKWARD and on_microbatch is not None:
+                    # Stages that learn alone have such operations too; the loss is on the last one.
+                    done = p.operation.kind is Kind.FORWARD_BACKWARD and j == len(self.stages) - 1
+                    if done and on_microbatch is not None:
                         on_microbatch(p.operation.microbatch)
                     p.advance()
                     moved = True
@@ -164,9 +199,13 @@ class InProcessPipeline:
         else:
             message = self._take_activation(j, i, source)
             if operation.kind is Kind.FORWARD:
-                self._seats[j + 1].activations.send(self._rounded(stage.forward(message), self._formats[0]))
+                self._send_up(j, stage.forward(message))
             else:
-                self._send_down(j, stage.forward_backward(message, group_size=size))
+                answer = stage.forward_backward(message, group_size=size)
+                if isinstance(answer, Gradient):
+                    self._send_down(j, answer)
+                else:
+                    self._send_up(j, answer)
 
     def _take_activation(self, j: int, i: int, source: MicrobatchSource) -> Activation:
         if j > 0:
@@ -176,6 +215,9 @@ class InProcessPipeline:
             raise RunError(f"the data ended after {i} microbatches", where="stage 0", hint="check the data")
         images, labels = microbatch
         return Activation(i, (images,), labels)
+
+    def _send_up(self, j: int, message: Activation) -> None:
+        self._seats[j + 1].activations.send(self._rounded(message, self._formats[0]))
 
     def _send_down(self, j: int, message: Gradient) -> None:
         if j > 0:

@@ -8,53 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
-from petractl.engine.pipeline import MicrobatchSource
+from petractl.engine.pipeline import MicrobatchSource, StageLike
 from petractl.engine.recorder import Recorder
 from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
-from petractl.engine.stage import Counters, Totals
 from petractl.engine.stopwatch import Stopwatch
-from petractl.engine.update import Updater
 from petractl.errors import PeerLost, RunError, Stalled
 
 _CPU = torch.device("cpu")
-
-
-class StageLike(Protocol):
-    """What a stage has to be for the engine: `Stage`, or one that only sleeps (benchmarks)."""
-
-    index: int
-    offset: int
-    counters: Counters
-    totals: Totals
-    updater: Updater
-    delay: int
-
-    def forward(self, message: Activation) -> Activation:
-        """Run the forward."""
-        ...
-
-    def backward(self, message: Gradient, *, group_size: int) -> Gradient:
-        """Run the backward."""
-        ...
-
-    def forward_backward(self, message: Activation, *, group_size: int) -> Gradient:
-        """Run the last stage's operation."""
-        ...
-
-    def update(self, *, partial: bool) -> None:
-        """Update the parameters."""
-        ...
-
-    def microbatches_in_flight(self) -> int:
-        """Count what waits for its backward."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +107,7 @@ class ProcessPipeline:
             lookahead=self._lookahead,
             num_microbatches=num_microbatches,
             accumulation=self.accumulation,
-            is_last=links.to_above is None,
+            is_last=links.to_above is None or stage.is_alone,
             num_rows=num_rows,
         )
         for operation in operations:
@@ -200,7 +166,7 @@ class ProcessPipeline:
         else:
             activation, waited_s = self._take(operation, source)
             with self._timed(operation, waited_s=waited_s):
-                self._send_down(stage.forward_backward(activation, group_size=size))
+                self._send(stage.forward_backward(activation, group_size=size))
 
     def _timed(self, operation: Operation, *, waited_s: float = 0.0) -> AbstractContextManager[object]:
         if self.recorder is None:
@@ -238,6 +204,14 @@ class ProcessPipeline:
             raise RunError(f"the data ended after {i} microbatches", where="stage 0", hint="check the data")
         images, labels = microbatch
         return Activation(i, (images,), labels), waited_s
+
+    def _send(self, message: Activation | Gradient) -> None:
+        """Send what a whole microbatch has given: up from a stage that learns alone, else down."""
+        if isinstance(message, Gradient):
+            self._send_down(message)
+        else:
+            assert self._links.to_above is not None
+            self._links.to_above.send(message, timeout_s=self._timeout_s)
 
     def _send_down(self, message: Gradient) -> None:
         if self._links.to_below is not None:

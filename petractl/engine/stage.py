@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petractl.engine.diagnosis import Observer
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.replicas import Reducer
 from petractl.engine.update import Updater
-from petractl.methods.keeping import Keeper, Parameters, UnitBackward
+from petractl.engine.versions import Versions
+from petractl.methods.evaluation import Evaluator, Parameters
+from petractl.methods.keeping import Keeper, UnitBackward
 from petractl.models.units import Streams
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -101,12 +104,25 @@ class Stage:
 
     In-unit randomness counts from the start of training.
     """
+    observer: Observer | None = None
+    """Told of the microbatches that it wants."""
     _in_flight: dict[int, InFlight] = field(default_factory=dict)
-    _version: list[Parameters] | None = None
+    _versions: Versions = field(init=False)
     delay: int = 0
     """Updates between the forward and the backward of the last microbatch."""
     _group_microbatches: int = 0
     _group_samples: int = 0
+
+    is_alone: bool = field(default=False, init=False)
+    """Its backward waits for the stage above."""
+
+    def __post_init__(self) -> None:
+        self._versions = Versions(self.evaluators, stashes=self.stashes)
+
+    @property
+    def evaluators(self) -> list[Evaluator]:
+        """The units, in order."""
+        return [keeper.evaluator for keeper in self.keepers]
 
     def forward(self, message: Activation) -> Activation:
         """Run the units in order and keep what the method keeps."""
@@ -121,10 +137,12 @@ class Stage:
         self._group_microbatches += 1
         self._group_samples += flight.samples
         above = [(message.streams, message.gradients)]
+        self._observe_backward(message.microbatch)
         result = self._run_backward(self.keepers, above, flight, message.microbatch, group_size)
         del self._in_flight[message.microbatch]
         self.counters.backwards += 1
         self.delay = self.counters.updates - flight.updates_at_forward
+        self._observe_end(message.microbatch)
         return result
 
     def forward_backward(self, message: Activation, *, group_size: int) -> Gradient:
@@ -132,12 +150,14 @@ class Stage:
         streams, flight = self._run_forward(self.keepers[:-1], message)
         self._group_microbatches += 1
         self._group_samples += flight.samples
+        self._observe_backward(message.microbatch)
         above = [self._run_head(streams, message, group_size)]
         del streams  # the head's inputs are not needed below it
         result = self._run_backward(self.keepers[:-1], above, flight, message.microbatch, group_size)
         self.counters.forwards += 1
         self.counters.backwards += 1
         self.delay = 0
+        self._observe_end(message.microbatch)
         return result
 
     def update(self, *, partial: bool) -> None:
@@ -149,7 +169,7 @@ class Stage:
         if self.reducer is not None:
             self.reducer.finish(samples=self._group_samples)
         self._group_microbatches = self._group_samples = 0
-        self._protect_versions()
+        self._versions.protect(flight.parameters for flight in self._in_flight.values())
         self.updater.step(delay=self.delay, position=self.counters.updates)
         self.counters.updates += 1
         self.counters.partial_groups += partial
@@ -163,10 +183,15 @@ class Stage:
         return (self.offset + microbatch) * self.replicas + self.replica
 
     def _run_forward(self, keepers: Sequence[Keeper], message: Activation) -> tuple[Streams, InFlight]:
-        parameters = self._forward_parameters()
+        parameters = self._versions.current()
         streams, kept = message.streams, []
         i = self._position(message.microbatch)
-        for keeper, used in zip(keepers, parameters, strict=False):
+        observer = self._observer(message.microbatch)
+        if observer is not None:
+            observer.forward(self.index, i, streams, message.labels, updates=self.counters.updates)
+        for n, (keeper, used) in enumerate(zip(keepers, parameters, strict=False)):
+            if observer is not None and keeper.needs_outputs:
+                observer.unit_inputs(self.index, i, n, streams)
             streams, item = keeper.forward(streams, microbatch=i, parameters=used)
             kept.append(item)
         return streams, InFlight(kept, parameters, self.counters.updates, message.labels.shape[0])
@@ -182,6 +207,7 @@ class Stage:
         self.totals.add(loss, logits, message.labels)
         gradients = torch.autograd.grad(loss, [logits])
         down = head.backward(kept, None, gradients, microbatch=i, parameters=None)
+        self._observe_unit(len(self.keepers) - 1, down, message.microbatch)
         self._add(len(self.keepers) - 1, down, gradients, group_size)
         return down.inputs, down.gradients
 
@@ -210,6 +236,7 @@ class Stage:
                 parameters=flight.parameters[n],
             )
             flight.kept[n] = None
+            self._observe_unit(n, down, i)
             self._add(n, down, gradients, group_size)
             streams, gradients = down.inputs, down.gradients
             del down
@@ -218,36 +245,36 @@ class Stage:
     def _add(self, n: int, down: UnitBackward, gradients: Streams, group_size: int) -> None:
         """Add unit n's gradients to the running average; start its reduction if they are the group's last."""
         messages = (*gradients, *down.gradients)
-        _accumulate(self.keepers[n], down.parameter_gradients, 1.0 / group_size, messages=messages)
+        parameters = self.keepers[n].evaluator.parameters
+        accumulate(parameters, down.parameter_gradients, 1.0 / group_size, messages=messages)
         if self.reducer is not None and self._group_microbatches == group_size:
             self.reducer.start(n, samples=self._group_samples)
 
-    def _forward_parameters(self) -> list[Parameters]:
-        """Return what each unit's forward uses: None for the current parameters, or a version that will stay.
+    def _observer(self, microbatch: int) -> Observer | None:
+        """Return the observer if it wants this microbatch."""
+        wanted = self.observer is not None and self.observer.wants(self._position(microbatch))
+        return self.observer if wanted else None
 
-        A version shares the parameters' memory until an update is about to change it: so there are never more
-        copies than versions in flight. `.data` because a `detach()` would share the counter of in-place
-        changes.
-        """
-        if self._version is None:
-            self._version = [
-                [p.data.requires_grad_() for p in keeper.evaluator.parameters] if stash else None
-                for keeper, stash in zip(self.keepers, self.stashes, strict=True)
-            ]
-        return self._version
+    def _observe_backward(self, microbatch: int) -> None:
+        observer = self._observer(microbatch)
+        if observer is not None:
+            observer.backward(self.index, self._position(microbatch), updates=self.counters.updates)
 
-    def _protect_versions(self) -> None:
-        """Give the parameters memory of their own if a microbatch in flight still needs the old values."""
-        if any(flight.parameters is self._version for flight in self._in_flight.values()):
-            for keeper, stash in zip(self.keepers, self.stashes, strict=True):
-                if stash:
-                    for p in keeper.evaluator.parameters:
-                        p.data = p.data.clone()
-        self._version = None
+    def _observe_unit(self, n: int, down: UnitBackward, microbatch: int) -> None:
+        observer, keeper = self._observer(microbatch), self.keepers[n]
+        if observer is not None:
+            rebuilt = down.inputs if keeper.needs_outputs else None
+            i = self._position(microbatch)
+            observer.unit_gradients(self.index, i, n, down.parameter_gradients, inputs=rebuilt)
+
+    def _observe_end(self, microbatch: int) -> None:
+        observer = self._observer(microbatch)
+        if observer is not None:
+            observer.finished(self.index, self._position(microbatch))
 
 
-def _accumulate(
-    keeper: Keeper, gradients: Sequence[Tensor | None], weight: float, *, messages: Streams
+def accumulate(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: float, *, messages: Streams = ()
 ) -> None:
     """Add the weighted gradients to the parameters' running average, in the parameters' memory layout.
 
@@ -255,7 +282,7 @@ def _accumulate(
     message's that a neighbour may still read when the optimiser writes here.
     """
     taken = {message.untyped_storage().data_ptr() for message in messages}
-    for p, g in zip(keeper.evaluator.parameters, gradients, strict=True):
+    for p, g in zip(parameters, gradients, strict=True):
         if g is None:
             continue
         if p.grad is not None:

@@ -8,7 +8,7 @@ a second, and at the end of an epoch.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from petractl.engine.data_watch import DataWatch, TrainingData, samples_skipped
+from petractl.engine.diagnosis import Diagnosis, StageDiagnosis
 from petractl.engine.evaluation import LabelledBatch, Placement, Scores
 from petractl.engine.measures import Measures
 from petractl.engine.memory import peak_memory_bytes
@@ -30,6 +31,7 @@ from petractl.events import (
     EpochTrained,
     Evaluated,
     Event,
+    GradientsDiagnosed,
     StageCounted,
     StageMeasured,
     StepsDone,
@@ -108,7 +110,8 @@ class Trainer:
 
     `training_data` is given where images enter and nowhere else. `settle` is called when an epoch is trained:
     replicas then make their running statistics one. `trace` is given (epoch, records with their replica) on
-    rank 0, and wanted by all or by none. `evaluate` gives every process the same scores.
+    rank 0, and wanted by all or by none. `evaluate` gives every process the same scores. What `diagnosis`
+    finds is told.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class Trainer:
         save: Callable[[TrainingState, bool, bool], None],
         settle: Callable[[], None] = lambda: None,
         trace: Callable[[int, list[tuple[int, Record]]], None] | None = None,
+        diagnosis: Diagnosis | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._world = world
@@ -139,6 +143,8 @@ class Trainer:
         self._save = save
         self._settle = settle
         self._trace = trace
+        if diagnosis is not None:
+            diagnosis.report = self._tell_diagnosed
         self._watch = DataWatch(training_data)
         self._clock_offset = 0.0
         self._images = 0
@@ -256,6 +262,10 @@ class Trainer:
         for _, index, n, report in rows:
             if report.measures:
                 self._emit(_measured(epoch, index, report, report.measures[n]))
+
+    def _tell_diagnosed(self, findings: Sequence[StageDiagnosis]) -> None:
+        for found in findings:
+            self._emit(_diagnosed(found, epoch=found.microbatch // self._length.rows + 1))
 
     def _tell_of_data(self, epoch: int, reports: list[_Report], *, seconds: float) -> None:
         self._tell_skipped(epoch, [report.skipped for report in reports])
@@ -386,6 +396,27 @@ def _measured(epoch: int, stage: int, report: _Report, measures: Measures) -> St
         bytes_sent_backward=measures.bytes_sent_backward,
         staleness_updates=measures.staleness_updates,
         peak_memory_bytes=report.peak_memory_bytes,
+    )
+
+
+def _diagnosed(found: StageDiagnosis, *, epoch: int) -> GradientsDiagnosed:
+    errors = [error for error in found.reconstruction_errors if error is not None]
+    return GradientsDiagnosed(
+        epoch=epoch,
+        update=found.updates,
+        stage=found.stage,
+        microbatch=found.microbatch,
+        delay_updates=found.delay,
+        cosine=found.current.cosine,
+        norm_ratio=found.current.norm_ratio,
+        cosine_forward=found.forward.cosine,
+        norm_ratio_forward=found.forward.norm_ratio,
+        delayed_cosine=found.delayed.cosine,
+        delayed_norm_ratio=found.delayed.norm_ratio,
+        guess_cosine=found.guess.cosine if found.guess else None,
+        guess_norm_ratio=found.guess.norm_ratio if found.guess else None,
+        reconstruction_error=max(errors, default=None),
+        reconstruction_errors=found.reconstruction_errors,
     )
 
 

@@ -2,7 +2,8 @@
 
 Graph, input or nothing, with the parameters of the forward or without them: every method is a row, and PETRA
 is the row that keeps nothing. The schedule is the other half: locked methods run no forward ahead,
-asynchronous ones do.
+asynchronous ones do. Methods that train block by block have no backward pass through the stages: a block has
+a loss or a guess of its own (`petractl.estimator`), and keeps the graph of itself alone.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ class MethodSpec:
     """A row of the table, for plain units and for reversible ones.
 
     `locked`: every microbatch goes all the way up and down before the next one enters. `needs_reversible`:
-    without a reversible unit the method cannot do what it says.
+    without a reversible unit the method cannot do what it says. `blocks`: every stage is trained by an
+    estimate of its gradient, made in the stage.
     """
 
     name: str
@@ -41,11 +43,18 @@ class MethodSpec:
     reversible: Keeping
     needs_reversible: bool
     summary: str
+    blocks: bool = False
+
+    @property
+    def default_schedule(self) -> str:
+        """What `engine.schedule = "auto"` is."""
+        return "sequential" if self.locked or self.blocks else "tight"
 
 
 _INPUT = Keeping(Keep.INPUT)
 _NOTHING = Keeping(Keep.NOTHING)
 _GRAPH = Keeping(Keep.GRAPH, parameters=True)
+_OWN_GRAPH = Keeping(Keep.GRAPH)  # forward and backward are one operation
 
 METHODS: tuple[MethodSpec, ...] = (
     MethodSpec(
@@ -111,6 +120,26 @@ METHODS: tuple[MethodSpec, ...] = (
         needs_reversible=False,
         summary="backpropagation: locked, exact, keeps the whole graph",
     ),
+    MethodSpec(
+        name="local",
+        keep="",
+        locked=False,
+        plain=_OWN_GRAPH,
+        reversible=_OWN_GRAPH,
+        needs_reversible=False,
+        summary="local learning (DGL): every block by the loss of its own auxiliary net; nothing comes down",
+        blocks=True,
+    ),
+    MethodSpec(
+        name="forward-gradient",
+        keep="",
+        locked=False,
+        plain=_GRAPH,
+        reversible=_GRAPH,
+        needs_reversible=False,
+        summary="forward gradients: every block by a target projected on a guess (see method.target)",
+        blocks=True,
+    ),
 )
 
 
@@ -143,4 +172,4 @@ def keepings(spec: MethodSpec, reversible: Sequence[bool]) -> tuple[Keeping, ...
     The last unit holds the loss: its forward and backward are one operation, so it always keeps its graph.
     """
     body = [spec.reversible if flag else spec.plain for flag in reversible[:-1]]
-    return (*body, Keeping(Keep.GRAPH))
+    return (*body, _OWN_GRAPH)

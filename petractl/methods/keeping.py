@@ -6,18 +6,14 @@ them, gradients of the parameters`. Going down, a unit hands its inputs to the u
 the outputs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from petractl.methods.evaluation import Evaluator, Linearization
+from petractl.methods.evaluation import Evaluator, Linearization, Parameters
 from petractl.methods.family import Keep
 from petractl.models.units import Streams
-
-Parameters = Sequence[Tensor] | None
-"""Tensors to use in the places of a unit's parameters; None for the current ones."""
 
 
 @dataclass(frozen=True, slots=True)

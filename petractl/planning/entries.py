@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from petractl.engine.exact_rules import EXACT_SCHEDULES
 from petractl.errors import Problem, RecipeError, UserError
-from petractl.methods.family import Keep, MethodSpec, method_spec
+from petractl.methods.family import METHODS, Keep, MethodSpec, method_spec
+from petractl.planning.planned import why_unplanned
 
 _FORM = re.compile(r"(?P<name>[^:/\[\]]+)(:(?P<keep>[^:/]+))?(/(?P<schedule>[^:/]+))?")
 _COMMA = re.compile(r",(?![^\[]*\])")
 _SLACK = re.compile(r"slack=(?P<slack>\d+)")
-_METHODS = ("petra", "delayed", "reversible", "backprop")
+_METHODS = tuple(dict.fromkeys(spec.name for spec in METHODS if not spec.blocks))
 _ALIASES = {"plain": "sequential", "interleaved": "interleaved-1f1b"}
 _ASYNCHRONOUS = ("tight", "paper", "least")
 _LOCKED = ("sequential", *EXACT_SCHEDULES)
@@ -68,7 +69,7 @@ def parse_entries(text: str) -> tuple[Entry, ...]:
 def make_entry(label: str, *, method: MethodSpec, schedule: str | tuple[int, ...], slack: int = 0) -> Entry:
     """Return the entry of a recipe's own method and schedule; "auto" is what the method is run with."""
     if schedule == "auto":
-        schedule = "sequential" if method.locked else "tight"
+        schedule = method.default_schedule
     return Entry(label, method, schedule, slack)
 
 
@@ -79,6 +80,8 @@ def _entry(text: str) -> Entry:
     if match is None:
         raise ValueError("is not of the form name[:keep][/schedule]")
     name, keep, written = match["name"], match["keep"] or "", match["schedule"] or ""
+    if why_unplanned(name):
+        raise ValueError(why_unplanned(name))
     if name not in _METHODS:
         if written or keep:
             raise ValueError(f'"{name}" is not a method')

@@ -29,6 +29,8 @@ class UnitCost:
     parameters: int
     output_shapes: tuple[tuple[int, ...], ...]
     output_dtypes: tuple[torch.dtype, ...] = ()
+    trained_tensors: int = 0
+    """Parameter tensors that are trained."""
 
 
 def unit_costs(
@@ -60,6 +62,7 @@ def unit_costs(
                 parameters=sum(parameter.numel() for parameter in unit.parameters()),
                 output_shapes=tuple(tuple(stream.shape[1:]) for stream in streams),
                 output_dtypes=tuple(stream.dtype for stream in streams),
+                trained_tensors=sum(parameter.requires_grad for parameter in unit.parameters()),
             )
         )
     return costs

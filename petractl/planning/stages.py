@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from petractl.engine.assembly import stage_bounds
 from petractl.events import StagePlan
 from petractl.methods.family import Keep, Keeping
+from petractl.planning.auxiliary_cost import AuxiliaryCost
 from petractl.planning.flops import UnitCost
 from petractl.planning.net import FORWARDS
 from petractl.planning.partition import partition, partition_uniform
@@ -36,8 +37,13 @@ def stage_plans(
     lookahead: Sequence[int],
     accumulation: int,
     devices: Sequence[str] = (),
+    alone: bool = False,
+    auxiliary: Sequence[AuxiliaryCost] = (),
 ) -> tuple[StagePlan, ...]:
-    """Return what a person reads of each stage before the first step."""
+    """Return what a person reads of each stage before the first step.
+
+    `alone`: nothing comes down to the stages, which have forward and backward in one.
+    """
     bounds = stage_bounds(cuts, num_units=len(costs))
     last = len(bounds) - 1
     return tuple(
@@ -48,13 +54,18 @@ def stage_plans(
             parameters=sum(cost.parameters for cost in costs[first:end]),
             flops=float(sum(cost.flops for cost in costs[first:end])),
             # Forward and backward are one operation there: nothing waits.
-            keeps="nothing" if j == last else _kept_words(kept[first:end]),
+            keeps="nothing" if j == last or alone else _kept_words(kept[first:end]),
             lookahead=lookahead[j],
             staleness_updates=lookahead[j] / accumulation,
             device=devices[j] if devices else "",
+            auxiliary_percent=_percent(auxiliary[j].share) if j < len(auxiliary) else None,
         )
         for j, (first, end) in enumerate(bounds)
     )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100.0 * share
 
 
 def _unit_names(names: Sequence[str]) -> str:

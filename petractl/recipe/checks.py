@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from petractl.errors import Problem
 from petractl.recipe.data_checks import data_conflicts, idle_data_keys
 from petractl.recipe.findings import Conflict, IdleKey, conflict, shown
+from petractl.recipe.method_checks import block_conflicts, idle_block_keys, idle_engine_keys
 from petractl.recipe.schema import (
+    BLOCK_METHODS,
     EXACT_SCHEDULE_NAMES,
     LOCKED_METHODS,
     STAGES_PER_PROCESS,
@@ -35,8 +37,10 @@ def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
     yield from _model_conflicts(recipe)
     yield from data_conflicts(recipe)
     yield from _method_conflicts(recipe, given)
+    yield from block_conflicts(recipe, given)
     yield from _stage_conflicts(recipe, given)
     yield from _process_conflicts(recipe)
+    yield from _diagnostics_conflicts(recipe)
     yield from _device_conflicts(recipe)
 
 
@@ -55,6 +59,7 @@ def idle_keys(recipe: Recipe) -> Iterator[IdleKey]:
     yield from _idle_model(recipe)
     yield from idle_data_keys(recipe)
     yield from _idle_method_and_partition(recipe)
+    yield from idle_block_keys(recipe)
     yield from _idle_engine(recipe)
     yield from _idle_optimizer(recipe)
     yield from _idle_training_and_tracking(recipe)
@@ -98,7 +103,7 @@ def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflic
             "engine.schedule",
             "method.name",
         )
-    if engine.slack and engine.schedule not in ("auto", "tight"):
+    if engine.slack and engine.schedule not in ("auto", "tight") and method.name not in BLOCK_METHODS:
         yield conflict(
             f'is for engine.schedule = "tight" only, but the schedule is {shown(engine.schedule)}',
             "set engine.slack = 0, or take engine.schedule out",
@@ -147,6 +152,29 @@ def _process_conflicts(recipe: Recipe) -> Iterator[Conflict]:
                 f"engine.{key}",
                 "engine.mode",
             )
+
+
+def _diagnostics_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield what takes several processes, where gradients are compared with those of the whole net."""
+    engine = recipe.engine
+    if not recipe.diagnostics.every or engine.mode == "in-process":
+        return
+    asked = {
+        "mode": engine.mode == "processes",
+        "schedule": _is_exact(recipe),
+        "replicas": engine.replicas > 1,
+        "devices": bool(engine.devices),
+        "backend": engine.backend != "auto",
+    }
+    key = next((key for key, several in asked.items() if several), "")
+    if key:
+        yield conflict(
+            "compares with the gradient of the whole net, which has to be in one process, but"
+            f" engine.{key} = {shown(getattr(engine, key))} takes several",
+            f"set diagnostics.every = 0, or take engine.{key} out",
+            "diagnostics.every",
+            f"engine.{key}",
+        )
 
 
 def _device_conflicts(recipe: Recipe) -> Iterator[Conflict]:
@@ -240,16 +268,19 @@ def _idle_method_and_partition(recipe: Recipe) -> Iterator[IdleKey]:
     name = f"method.name = {shown(method.name)}"
     if method.name != "delayed":
         yield IdleKey("method.keep", name, '"delayed"')
-    if method.name == "backprop":
+    if method.name in ("backprop", *BLOCK_METHODS):
         yield IdleKey("method.bn_statistics", name, "methods that evaluate twice")
     elif method.name == "delayed" and method.keep == "graph":
         yield IdleKey("method.bn_statistics", 'method.keep = "graph"', "methods that evaluate twice")
     if partition.cuts:
         yield IdleKey("partition.stages", "partition.cuts", "recipes without cuts")
         yield IdleKey("partition.balance", "partition.cuts", "recipes without cuts")
-    elif partition.stages == "units":
-        yield IdleKey("partition.balance", 'partition.stages = "units"', "a number of stages")
-    if method.name in LOCKED_METHODS:
+    elif partition.stages == "units" or (partition.stages == "auto" and method.name in BLOCK_METHODS):
+        stages = f"partition.stages = {shown(partition.stages)}"
+        yield IdleKey("partition.balance", stages, "a number of stages")
+    if method.estimator is not None:
+        yield from idle_engine_keys(recipe, method.estimator)
+    elif method.name in LOCKED_METHODS:
         yield IdleKey("engine.slack", name, '"petra" and "delayed"')
     elif engine.schedule not in ("auto", "tight"):
         yield IdleKey("engine.slack", f"engine.schedule = {shown(engine.schedule)}", '"tight"')

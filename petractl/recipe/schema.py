@@ -8,6 +8,7 @@ Names of models, data sets and methods are listed here as plain tuples, so that 
 without importing torch; a test compares them with the registries.
 """
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,6 +16,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic_core import PydanticCustomError
+
+from petractl.estimator import (
+    LOCAL,
+    Coefficients,
+    Derivative,
+    Estimator,
+    Granularity,
+    Guess,
+    Projection,
+    Space,
+    Statistics,
+    Tangents,
+    Target,
+)
 
 MODEL_NAMES = (
     "revnet18",
@@ -26,6 +41,9 @@ MODEL_NAMES = (
     "resnet50",
     "resnet101",
     "revnet-iso",
+    "resnet18-2b",
+    "resnet18-8b",
+    "resnet18-16b",
 )
 DATASET_NAMES = (
     "digits",
@@ -41,8 +59,12 @@ DATASETS_WITHOUT_FILES = ("digits", "fake")
 PHOTOGRAPH_DATASETS = ("imagenet", "shards")  # read and decoded as they are needed, the others once
 DOWNLOADABLE_DATASETS = ("cifar10", "cifar100", "fashion-mnist")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
-METHOD_NAMES = ("petra", "delayed", "reversible", "backprop")
+METHOD_NAMES = ("petra", "delayed", "reversible", "backprop", "local", "forward-gradient")
 LOCKED_METHODS = ("reversible", "backprop")
+BLOCK_METHODS = ("local", "forward-gradient")  # every stage is a block, with a loss or a guess of its own
+ESTIMATOR_KEYS = tuple(field.name for field in dataclasses.fields(Estimator))
+AUXILIARY_NAMES = ("cnn", "mlp", "linear", "copy")
+AUXILIARY_NAMES_WITH_WIDTH = ("cnn", "mlp")
 OPTIMIZER_NAMES = ("sgd", "adamw", "lars")
 EXACT_SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble")
 STAGES_PER_PROCESS = {"interleaved-1f1b": 2}  # every other schedule gives a stage a process of its own
@@ -87,6 +109,10 @@ def _dataset_name(name: str) -> str:
 
 def _method_name(name: str) -> str:
     return _known_name(name, known=METHOD_NAMES, kind="")
+
+
+def _auxiliary_name(name: str) -> str:
+    return _known_name(name, known=AUXILIARY_NAMES, kind="function")
 
 
 def _optimizer_name(name: str) -> str:
@@ -275,13 +301,55 @@ class MethodSection(_Section):
     """How gradients are computed: what a stage keeps between forward and backward."""
 
     name: Annotated[str, AfterValidator(_method_name)] = "petra"
-    """A name from `petractl ls methods`: "petra", "delayed", "reversible" or "backprop"."""
+    """A name from `petractl ls methods`, such as "petra", "backprop" or "forward-gradient"."""
     accumulation: int = Field(default=1, ge=1)
     """k: a stage updates its parameters after every k-th of its backwards, with the mean of k gradients."""
     keep: Literal["graph", "inputs+parameters", "inputs", "parameters"] = "graph"
     """What "delayed" keeps of a forward until its backward."""
     bn_statistics: Literal["backward", "forward"] = "backward"
     """The evaluation that updates batch norm's running statistics, where there are two of them."""
+    target: Target = "global"
+    """The gradient to estimate: of the net's loss, the block's own ("local"), the next one's, own + next."""
+    guess: Guess = "local"
+    """What the target is projected on: noise, a loss's gradient, or that of a net that does not learn."""
+    space: Space = "activation"
+    """Where the two are compared: block outputs, parameters per batch, or per sample ("weight")."""
+    projection: Projection = "exact"
+    """What is kept of the projection: all, its sign, a sign drawn at random; or onto the guesses' span."""
+    directions: int = Field(default=1, ge=1)
+    """Random guesses per microbatch; their estimates are averaged."""
+    normalise_random: bool = False
+    """Divide by a random guess's squared norm too: a shorter estimate, no longer unbiased."""
+    granularity: Granularity = "tensor"
+    """What has a coefficient of its own among parameters: a "tensor", a "block", or the whole "net"."""
+    coefficients: Coefficients = "batch"
+    """One coefficient per block output for the whole "batch", or one for every "sample"."""
+    statistics: Literal["auto", Statistics] = "auto"
+    """Batch statistics in the target's derivative: differentiated ("live"), or constants ("held")."""
+    derivative: Literal["auto", Derivative] = "auto"
+    """How the target is measured along the guess: in "forward" mode, or by a backward pass ("reverse")."""
+    tangents: Literal["auto", Tangents] = "auto"
+    """Forward mode carries the guesses of "all" blocks at once, or of "one" at a time, for less memory."""
+
+    @property
+    def estimator(self) -> Estimator | None:
+        """The estimator of a method that trains block by block; None for the other methods."""
+        if self.name == "local":
+            return LOCAL
+        if self.name != "forward-gradient":
+            return None
+        return Estimator(**{key: getattr(self, key) for key in ESTIMATOR_KEYS})
+
+
+class AuxiliarySection(_Section):
+    """The nets that give blocks a loss of their own, for "local" and "forward-gradient"."""
+
+    name: Annotated[str, AfterValidator(_auxiliary_name)] = "cnn"
+    """The net: "cnn", "mlp", "linear", "copy" (of the next block), or "package.module:function"."""
+    width: int = Field(default=0, ge=0)
+    """Width of the layers of "cnn" and "mlp"; 0 = the paper's: 32 and 1024, above 8 blocks 16 and 512."""
+    arguments: dict[str, JsonValue] = {}
+    """Table of keyword arguments for a "package.module:function" net."""
 
 
 class PartitionSection(_Section):
@@ -405,17 +473,26 @@ class TrackingSection(_Section):
     """MLflow run name; empty = the run folder's name."""
 
 
+class DiagnosticsSection(_Section):
+    """How good the gradients are that stages learn from."""
+
+    every: int = Field(default=0, ge=0)
+    """Microbatches from one comparison with backpropagation to the next; 0 = none. In-process only."""
+
+
 class Recipe(_Section):
     """A whole recipe; the first three sections must be there."""
 
     model: ModelSection
     data: DataSection
     method: MethodSection
+    auxiliary: AuxiliarySection = AuxiliarySection()
     partition: PartitionSection = PartitionSection()
     engine: EngineSection = EngineSection()
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
     run: RunSection = RunSection()
+    diagnostics: DiagnosticsSection = DiagnosticsSection()
     tracking: TrackingSection = TrackingSection()
 
     def with_cuts(self, cuts: Sequence[int]) -> "Recipe":

@@ -30,9 +30,10 @@ STAGE_COLUMNS = (
     "W lookahead",
     "staleness in updates",
 )
+AUXILIARY_COLUMN = "auxiliary net"  # where blocks have one: its FLOPs beside the block's
 DEVICE_COLUMN = "device"  # the last one, where there is more than one process
 TEXT_COLUMNS = ("units", "keeps", DEVICE_COLUMN)  # the others are numbers, aligned right
-NARROW_COLUMNS = (0, 1, 4, 5, 7)  # what a narrow terminal has room for
+NARROW_COLUMNS = ("stage", "units", "keeps", "W lookahead", DEVICE_COLUMN)  # for a narrow terminal
 
 
 def title_line(started: RunStarted) -> str:
@@ -59,17 +60,25 @@ def stage_table(plan: PlanMade) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
         )
         for stage in plan.stages
     ]
+    if any(stage.auxiliary_percent is not None for stage in plan.stages):
+        header = (*header, AUXILIARY_COLUMN)
+        shares = [_percent(stage.auxiliary_percent) for stage in plan.stages]
+        rows = [(*row, share) for row, share in zip(rows, shares, strict=True)]
     if plan.processes > 1 and any(stage.device for stage in plan.stages):
         header = (*header, DEVICE_COLUMN)
         rows = [(*row, stage.device) for row, stage in zip(rows, plan.stages, strict=True)]
     return header, rows
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1f} %"
+
+
 def narrow(
     header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the stage table with the columns for which a narrow terminal has room, the lookahead as "W"."""
-    kept = [i for i in NARROW_COLUMNS if i < len(header)]
+    kept = [i for i, column in enumerate(header) if column in NARROW_COLUMNS]
     table = [tuple(row[i] for i in kept) for row in (header, *rows)]
     return tuple(column.partition(" ")[0] for column in table[0]), table[1:]
 

@@ -300,6 +300,8 @@ def test_ls_methods_shows_the_table_of_what_is_kept() -> None:
         ["delayed", "parameters", "no", "yes", "tight"],
         ["reversible", "-", "no", "no", "sequential"],
         ["backprop", "-", "graph", "yes", "sequential"],
+        ["local", "-", "graph", "no", "sequential"],
+        ["forward-gradient", "-", "graph", "yes", "sequential"],
     ]
 
 
@@ -317,7 +319,7 @@ def test_ls_draws_its_table_on_a_terminal() -> None:
     wide, narrow = (on_a_terminal("ls", "methods", COLUMNS=columns) for columns in ("160", "80"))
     for text in (wide, narrow):
         assert "\t" not in text
-        assert "delayed     inputs+parameters  yes           yes               tight" in text
+        assert "delayed           inputs+parameters  yes           yes               tight" in text
         assert "PipeDream's weight stashing" in text
     assert max(map(len, narrow.splitlines())) <= 100
     assert set(re.findall(r"\033\[([\d;]*)m", on_a_terminal("ls", "methods", NO_COLOR="1"))) <= {

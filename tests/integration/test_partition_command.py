@@ -200,6 +200,8 @@ def test_devices_and_memory() -> None:
         (["--model", "revnet34", "--gpus", "2", "--memory-gib", "1"], "batches of"),
         (["--model", "resnet18", "--gpus", "2", "--method", "reversible"], "no reversible unit"),
         (["--model", "revnet18", "--gpus", "2", "--method", "petri"], "unknown method"),
+        (["--model", "revnet18", "--gpus", "2", "--method", "local"], "local trains block by block"),
+        (["--model", "revnet18", "--gpus", "2", "--method", "forward-gradient"], "not planned for"),
         (["--model", "revnet18", "--gpus", "2", "--balance", "colour"], "cannot be balanced"),
         (["--model", "revnet18", "--gpus", "3", "--cuts", "5,2"], "are no cuts"),
         (["--model", "revnet18", "--gpus", "3", "--cuts", "5"], "1 cuts make 2 stages"),

@@ -109,8 +109,8 @@ def _command(words: list[str]) -> Command | None:
 
 
 def shrunk(command: Command) -> Command:
-    """Return a `run` or `bench` with overrides that make it small; any other command as it is."""
-    if command.arguments[0] not in ("run", "bench"):
+    """Return a `run`, `bench` or `sweep` with overrides that make it small; any other command as it is."""
+    if command.arguments[0] not in ("run", "bench", "sweep"):
         return command
     extra = [word for override in SMALL for word in ("--set", override)]
     if command.arguments[0] == "bench":

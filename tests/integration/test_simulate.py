@@ -226,6 +226,15 @@ def test_a_run_beside_its_prediction(tmp_path: Path) -> None:
     assert rows[-1] == ["images/s: 581.8 simulated, 512.0 measured (+13.6 %)"]
 
 
+def test_a_run_that_was_trained_block_by_block(tmp_path: Path) -> None:
+    journal(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"petra"', '"forward-gradient"'))
+    result = run("--compare", str(tmp_path))
+    assert result.exit_code == 2
+    assert "forward-gradient trains block by block" in result.stderr
+
+
 def test_a_run_that_measured_nothing(tmp_path: Path) -> None:
     journal(tmp_path, compute=None)
     result = run("--compare", str(tmp_path))
@@ -278,6 +287,10 @@ def test_a_run_that_measured_nothing(tmp_path: Path) -> None:
         (("digits_revnet18", "--flops", "--speeds", "1,2,3"), "3 numbers for 10 stages"),
         (("digits_revnet18", "--device-spec", "gpu9"), "no device is called"),
         (("nothing.toml",), "nothing.toml"),
+        (("digits_fg", "--flops"), "forward-gradient trains block by block"),
+        (("digits_revnet18", "--flops", "--set", "method.name=local"), "local trains block by block"),
+        ((*NUMBERS, "--schedules", "tight,local"), "local trains block by block"),
+        ((*NUMBERS, "--schedules", "forward-gradient/tight"), "not planned for"),
     ],
 )
 def test_bad_input(

@@ -9,7 +9,7 @@ from oracle_cases import geometry
 from oracle_nets import case_id, cases, compare, epochs, make_net, run_engine
 from oracle_references import train_at_stale_parameters
 
-from petractl.engine.stage import Stage
+from petractl.engine.versions import Versions
 
 TOLERANCE = 1e-11
 
@@ -51,10 +51,10 @@ def test_the_staleness_matters():
 def test_an_unprotected_stash_is_detected(keep, monkeypatch):
     """Versions that share the parameters' memory change with the next update."""
 
-    def unprotected(self):
-        self._version = None
+    def unprotected(self, in_use):
+        self._now = None
 
-    monkeypatch.setattr(Stage, "_protect_versions", unprotected)
+    monkeypatch.setattr(Versions, "protect", unprotected)
     expected = train_at_stale_parameters(make_net(), epochs(3), k=1, **geometry(3, "tight"))
     actual = run_engine(make_net(), epochs(3), stages=3, k=1, schedule="tight", method="delayed", keep=keep)
     with pytest.raises(AssertionError, match="relative error"):

@@ -16,6 +16,7 @@ from petractl.optim import DECAYS, OPTIMIZERS
 from petractl.planning.message_cost import MessageCost
 from petractl.planning.times import Link
 from petractl.recipe import schema
+from petractl.recipe.find import list_recipes
 from petractl.recipe.load import LoadedRecipe, load_recipe
 
 
@@ -184,3 +185,23 @@ def test_a_gpu_is_fed_by_the_cores_of_its_process() -> None:
     alone = num_workers(recipe, decodes=True, device=torch.device("cuda"))
     shared = num_workers(recipe, decodes=True, device=torch.device("cuda"), processes=1000)
     assert 1 == shared <= alone <= 8
+
+
+@pytest.mark.parametrize(
+    "name", [each.name for each in list_recipes() if "_fg" in each.name or each.name.endswith("_local")]
+)
+def test_recipes_that_train_block_by_block_make_a_block_of_each_unit(name: str) -> None:
+    plan = build.check(load_recipe(name, overrides=["data.name=digits", "model.width=4"]))
+    assert plan.method.blocks
+    assert plan.num_stages == len(plan.names)
+    assert plan.lookahead == (0,) * plan.num_stages
+    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize("method", ["local", "forward-gradient"])
+def test_a_block_is_a_unit_unless_told_otherwise(method: str) -> None:
+    overrides = ["method.name=" + method, "partition.stages=auto"]
+    assert build.check(load(*overrides)).num_stages == 10
+    assert build.check(load(*overrides[:1], "partition.stages=4")).num_stages == 4
+    (warning,) = build.check(load(*overrides[:1], "partition.stages=1")).warnings
+    assert "is plain backpropagation" in warning.what

@@ -15,6 +15,7 @@ LAYERS = (
     "__init__",
     "errors",
     "events",
+    "estimator",
     "recipe",
     "models",
     "data",
@@ -33,6 +34,7 @@ LAYERS = (
     "worker",
     "bench",
     "launch",
+    "sweep",
     "cli",
     "__main__",
 )
@@ -41,6 +43,7 @@ WITHOUT_RECIPE = ("models", "data", "optim", "methods", "engine", "planning", "c
 WITHOUT_TORCH = (
     "petractl.errors",
     "petractl.events",
+    "petractl.estimator",
     "petractl.recipe",
     "petractl.engine.schedule",
     "petractl.engine.exact_rules",

@@ -77,6 +77,21 @@ def test_a_schedule_of_a_locked_method_is_not_for_the_others() -> None:
     assert varied("reversible", *exact).recipe.engine.schedule == "auto"
 
 
+def test_methods_that_train_block_by_block_keep_their_keys_to_themselves() -> None:
+    forward = ("method.name=forward-gradient", "method.guess=ntk", "auxiliary.name=mlp")
+    assert varied("forward-gradient/tight", *forward).recipe.method.guess == "ntk"
+    for name in ("local", "petra"):
+        loaded = varied(name, *forward)
+        assert (loaded.recipe.method.name, loaded.warnings) == (name, ())
+    assert varied("local", *forward).recipe.auxiliary.name == "mlp"
+    assert varied("local", "engine.schedule=paper").recipe.engine.schedule == "auto"
+    assert varied("forward-gradient", "engine.slack=2").recipe.engine.slack == 0
+    late = (*forward, "engine.schedule=tight", "engine.slack=2")
+    assert varied("forward-gradient", *late).recipe.engine.slack == 2
+    with pytest.raises(RecipeError, match="nothing comes down to a block"):
+        varied("local/tight", *forward)
+
+
 def test_keep_is_the_recipes_where_the_method_is() -> None:
     base = ("method.name=delayed", "method.keep=inputs")
     assert varied("delayed", *base).recipe.method.keep == "inputs"

@@ -16,7 +16,7 @@ from petractl.models.units import Coupling
 
 IN, WIDTH, CLASSES, SIZE = 6, 4, 3, 5
 CUTS = [1, 3, 5]
-ALL_METHODS = [(spec.name, spec.keep) for spec in METHODS]
+ALL_METHODS = [(spec.name, spec.keep) for spec in METHODS if not spec.blocks]
 
 
 class Split(nn.Module):

@@ -122,7 +122,7 @@ class TestWhatIsKept:
     @pytest.mark.parametrize(("method", "keep"), ALL_METHODS)
     def test_nothing_is_kept_after_the_drain(self, method, keep):
         stages = train(make_units(), method, keep, count=6, k=4)
-        assert all(stage._in_flight == {} and stage._version is None for stage in stages)
+        assert all(stage._in_flight == {} and stage._versions._now is None for stage in stages)
 
 
 class TestVersions:

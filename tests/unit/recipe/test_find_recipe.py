@@ -8,10 +8,19 @@ from petractl.recipe import find_recipe, list_recipes
 
 RECIPES = Path(petractl.__file__).parent.parent / "recipes"
 NAMES = [
+    "cifar10_fg_global_global",
+    "cifar10_fg_global_local_activation",
+    "cifar10_fg_global_local_batch_weight",
+    "cifar10_fg_global_ntk_activation",
+    "cifar10_fg_global_random_activation",
+    "cifar10_fg_global_random_weight_net",
+    "cifar10_fg_order",
+    "cifar10_local",
     "cifar10_resnet18_backprop",
     "cifar10_revnet18",
     "cifar10_revnet34",
     "cifar10_revnet50",
+    "digits_fg",
     "digits_revnet18",
     "imagenet32_revnet18",
     "imagenet32_revnet34",
@@ -61,7 +70,7 @@ def test_shipped_recipes_are_listed_with_their_titles() -> None:
         ("digits_revnet81", "did you mean digits_revnet18?"),
         ("recipes/cifar10_revnet43.toml", "did you mean cifar10_revnet34?"),
         ("Digits-RevNet18", "did you mean digits_revnet18?"),
-        ("zzz", "shipped recipes: cifar10_resnet18_backprop, "),
+        ("zzz", "shipped recipes: cifar10_fg_global_global, "),
         ("/nowhere/at/all.toml", "shipped recipes: "),
         ("a\0b", "shipped recipes: "),
         ("x" * 5000, "shipped recipes: "),

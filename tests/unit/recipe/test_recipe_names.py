@@ -1,9 +1,13 @@
 """The names that a recipe may use without importing torch are those that the registries have."""
 
+import dataclasses
+
 from petractl.data.registry import list_datasets
 from petractl.engine.exact_rules import EXACT_SCHEDULES, stages_per_process
 from petractl.engine.wire import FORMATS
+from petractl.estimator import GUESSES, PROJECTIONS, SPACES, TARGETS, Estimator
 from petractl.methods.family import METHODS, method_names
+from petractl.models.auxiliary import AUXILIARY_NETS
 from petractl.models.registry import STEMS, list_models
 from petractl.optim import DECAYS, OPTIMIZERS
 from petractl.recipe import schema
@@ -25,7 +29,22 @@ def test_datasets() -> None:
 def test_methods() -> None:
     assert set(schema.METHOD_NAMES) == set(method_names())
     assert set(schema.LOCKED_METHODS) == {spec.name for spec in METHODS if spec.locked}
+    assert set(schema.BLOCK_METHODS) == {spec.name for spec in METHODS if spec.blocks}
     assert options("method", "keep") == {spec.keep for spec in METHODS if spec.keep}
+
+
+def test_auxiliary_nets() -> None:
+    assert schema.AUXILIARY_NAMES == AUXILIARY_NETS
+
+
+def test_keys_of_an_estimator_are_those_of_the_section() -> None:
+    for field in dataclasses.fields(Estimator):
+        key = schema.MethodSection.model_fields[field.name]
+        assert key.default == field.default
+    assert options("method", "target") == set(TARGETS)
+    assert options("method", "guess") == set(GUESSES)
+    assert options("method", "space") == set(SPACES)
+    assert options("method", "projection") == set(PROJECTIONS)
 
 
 def test_optimizers_and_decays() -> None:
