@@ -14,7 +14,7 @@ from petractl.engine.replicas import Reducer
 from petractl.engine.stage import Counters, Totals, accumulate
 from petractl.engine.update import Updater
 from petractl.engine.versions import Versions
-from petractl.methods.block import Setting
+from petractl.methods.block import LossFunction, Setting
 from petractl.methods.evaluation import Evaluator
 from petractl.methods.learner import Flight, Learner
 from petractl.models.units import Streams
@@ -48,6 +48,12 @@ class BlockStage:
     def evaluators(self) -> Sequence[Evaluator]:
         """The units, in order."""
         return self._learner.row.evaluators
+
+    @property
+    def loss(self) -> LossFunction | None:
+        """The net's loss, on the last stage."""
+        own = self._learner.own_loss
+        return own.loss.mean if self._learner.is_last and own is not None else None
 
     def forward(self, message: Activation) -> Activation:
         """Evaluate the block and send its outputs up, in forward mode with the tangents of guesses."""

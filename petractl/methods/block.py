@@ -120,7 +120,7 @@ class OwnLoss:
     """A block's own loss: of its auxiliary net on top of its outputs, or of the last block's logits."""
 
     def __init__(self, loss: Loss, auxiliary: Evaluator | None = None) -> None:
-        self._loss = loss
+        self.loss = loss
         self.auxiliary = auxiliary
 
     @property
@@ -143,7 +143,7 @@ class OwnLoss:
             streams = leaves
             if self.auxiliary is not None:
                 streams = self.auxiliary.embedded(leaves, microbatch=microbatch, live=learns)
-            loss = self._loss.mean(streams[0], labels)
+            loss = self.loss.mean(streams[0], labels)
         parameters = self.parameters if learns else []
         at = [x for x in leaves if x.requires_grad]
         found = torch.autograd.grad(loss, [*at, *parameters], allow_unused=True)
@@ -168,7 +168,7 @@ class OwnLoss:
                 outputs, tangents, microbatch=microbatch, live=False, statistics=DUAL[statistics]
             )
         logits = [tangent[0] for tangent in tangents]
-        _, moved = loss_tangents(self._loss.per_sample, outputs[0], logits, labels)
+        _, moved = loss_tangents(self.loss.per_sample, outputs[0], logits, labels)
         return moved / len(labels)
 
 

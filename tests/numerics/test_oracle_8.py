@@ -9,123 +9,20 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
+from forward_gradient_net import (
+    assert_same,
+    data,
+    gradients_of,
+    make_auxiliaries,
+    make_units,
+    true_gradients,
+)
 from torch.nn import functional
 
-from petractl.engine.block_assembly import Auxiliaries, assemble_blocks
-from petractl.engine.pipeline import InProcessPipeline
 from petractl.estimator import GUESSES, LOCAL, PROJECTIONS, TARGETS, Estimator, is_allowed
-from petractl.methods.block import Loss
-from petractl.models.auxiliary import build_auxiliaries
 from petractl.models.units import Network
 
-SAMPLES, CLASSES, SIDE = 4, 3, 5
-LOSS = Loss(
-    functional.cross_entropy,
-    lambda logits, labels: functional.cross_entropy(logits, labels, reduction="none"),
-)
 SPACES = (("activation", "batch"), ("activation", "sample"), ("batch-weight", "batch"), ("weight", "batch"))
-
-
-class Recorded:
-    """An updater that keeps the gradients and changes nothing."""
-
-    rate = 0.0
-
-    def __init__(self, named, into):
-        self._named = named
-        self._into = into
-
-    def step(self, *, delay, position):
-        for name, p in self._named:
-            self._into[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            p.grad = None
-
-
-def make_units(normed):
-    """Four blocks: three convolutions, and a classifier."""
-    torch.manual_seed(0)
-
-    def block(channels, out, **options):
-        norm = [nn.BatchNorm2d(out)] if normed else []
-        return nn.Sequential(
-            nn.Conv2d(channels, out, 3, padding=1, bias=not normed, **options), *norm, nn.ReLU()
-        )
-
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES))
-    units = [block(2, 3), block(3, 4, stride=2), block(4, 4), head]
-    for unit in units:
-        for p in unit.parameters():
-            nn.init.normal_(p, std=0.5)
-    return [unit.double() for unit in units]
-
-
-SHAPES = [[(3, SIDE, SIDE)], [(4, 3, 3)], [(4, 3, 3)], [(CLASSES,)]]
-
-
-def make_auxiliaries(choice, units, *, name="linear"):
-    def build(seed):
-        torch.manual_seed(seed)
-        nets = build_auxiliaries(name, units=units, shapes=SHAPES, cuts=[1, 2, 3], classes=CLASSES)
-        return [net.double() for net in nets]
-
-    learning, guessing = build(1), build(2)
-    count = len(units)
-    return [
-        Auxiliaries(
-            learning[j] if choice.wants_auxiliary(j, num_blocks=count) else None,
-            guessing[j] if choice.guessing_auxiliary and j < count - 1 else None,
-        )
-        for j in range(count)
-    ]
-
-
-def data(microbatches=1):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(microbatches):
-        yield (
-            torch.randn(SAMPLES, 2, SIDE, SIDE, generator=generator, dtype=torch.float64),
-            torch.randint(CLASSES, (SAMPLES,), generator=generator),
-        )
-
-
-def gradients_of(choice, *, normed=True, microbatches=1, k=1, only=None):
-    """Run the engine over microbatches that update nothing; return the last update's gradients by name.
-
-    `only` takes that microbatch alone.
-    """
-    units = make_units(normed)
-    found = {}
-    stages = assemble_blocks(
-        units,
-        names=[str(n) for n in range(len(units))],
-        cuts=[1, 2, 3],
-        choice=choice,
-        auxiliaries=make_auxiliaries(choice, units),
-        num_streams=[1] * len(units),
-        make_updater=lambda named: Recorded(named, found),
-        loss=LOSS,
-        seed=7,
-        device=torch.device("cpu"),
-    )
-    pipeline = InProcessPipeline(stages, lookahead=[0] * len(units), accumulation=k)
-    source = data(microbatches) if only is None else iter([list(data(only + 1))[only]])
-    pipeline.train(source, num_microbatches=microbatches, offset=only or 0)
-    return found
-
-
-def true_gradients(*, normed=True):
-    net = Network(make_units(normed))
-    ((images, labels),) = data()
-    functional.cross_entropy(net(images), labels).backward()
-    return {name: p.grad for name, p in net.named_parameters()}
-
-
-def assert_same(actual, expected, tolerance=1e-9):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (actual[name] - value).norm() / value.norm().clamp(min=1e-12)
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
 def allowed_choices():
