@@ -53,6 +53,7 @@ RESUMABLE_KEYS = (
     "training.evaluate_every",
     "run.checkpoint_every",
     "run.keep_last",
+    "diagnostics.",
     "tracking.",
 )
 

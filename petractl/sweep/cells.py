@@ -43,6 +43,7 @@ _PLACE_KEYS = (
     "run.directory",
     "run.checkpoint_every",
     "run.keep_last",
+    "diagnostics.",
     "tracking.",
 )
 _LEFT_BY_A_START = {LOCK, RECIPE, ENVIRONMENT, f".{RESOLVED}", "checkpoints", "plots", "logs"}

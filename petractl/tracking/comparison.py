@@ -19,7 +19,7 @@ UNKNOWN = "?"
 CUTS, LOOKAHEAD = "cuts", "lookahead"
 _RENAMED = {"partition.cuts": CUTS, "engine.lookahead": LOOKAHEAD}
 _RULES = ("partition.stages", "partition.balance")  # what chose the cuts
-_ELSEWHERE = ("run.directory", "tracking.")
+_ELSEWHERE = ("run.directory", "diagnostics.", "tracking.")
 _LONGEST = 24  # characters of a value in a label
 
 

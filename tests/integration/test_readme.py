@@ -264,9 +264,8 @@ def test_the_docs_have_every_event_and_its_keys() -> None:
 
 def test_the_docs_have_every_key_that_may_change_on_resuming() -> None:
     text = DOCS["run-folder.md"].partition("## Checkpoints")[2].partition("\n## ")[0]
-    told = set(re.findall(r"`((?:data|partition|engine|training|run|tracking)\.[\w*]+)`", text)) - {
-        "run.checkpoint_every"
-    }
+    sections = "data|partition|engine|training|run|diagnostics|tracking"
+    told = set(re.findall(rf"`((?:{sections})\.[\w*]+)`", text)) - {"run.checkpoint_every"}
     known = {f"{key}*" if key.endswith(".") else key for key in RESUMABLE_KEYS} - {"run.checkpoint_every"}
     assert told == {key for key in known if not key.startswith("partition.")} | {"partition.*"}
 
