@@ -107,19 +107,43 @@ class Session:
         self._notes += problems
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put the parameters, buffers, optimisers and counters of this process back."""
+        """Put the parameters, buffers, optimisers and counters of this process back.
+
+        An auxiliary net that the checkpoint does not have, since its block is a new one, begins anew.
+        """
         self._built.network.load_state_dict(saved.tensors["model"])
-        if self._built.auxiliary is not None:
-            self._built.auxiliary.load_state_dict(saved.tensors["auxiliary"])
+        new = self._restore_auxiliary(saved)
         counters = Counters(**saved.state["counters"])
         for stage, parameters in self._stage_parameters():
             stage.counters = dataclasses.replace(counters)
             load_optimizer_state(
                 stage.updater.optimizer,
-                parameters,
+                [(name, p) for name, p in parameters if not name.startswith(new)],
                 saved.tensors["optimizer"],
                 saved.state["optimizer_numbers"],
             )
+
+    def _restore_auxiliary(self, saved: checkpoint.Checkpoint) -> tuple[str, ...]:
+        """Put the auxiliary nets back that are the same; return what the names of the others begin with."""
+        if self._built.auxiliary is None:
+            return ()
+        found = saved.tensors.get("auxiliary", {})
+        own = self._built.auxiliary.state_dict()
+        of_net: dict[str, list[str]] = {}
+        for name in own:
+            of_net.setdefault(".".join(name.split(".")[:2]) + ".", []).append(name)
+        new = tuple(
+            net
+            for net, names in of_net.items()
+            if any(name not in found or found[name].shape != own[name].shape for name in names)
+        )
+        kept = {name: found[name] for net, names in of_net.items() if net not in new for name in names}
+        self._built.auxiliary.load_state_dict({**own, **kept})
+        if new:
+            units = ", ".join(net.split(".")[1] for net in new)
+            what = f"the auxiliary nets of the blocks that end with units {units} begin anew"
+            self._notes.append(Problem("partition", what, "these blocks are not those of the checkpoint"))
+        return new
 
     def train(self, state: TrainingState) -> int:
         """Run to the end; returns the exit code."""

@@ -114,8 +114,7 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
         session.warn([Problem(*texts) for texts in start.warnings])
         state = TrainingState()
         if start.checkpoint:
-            names = {name for name, _ in built.network.named_parameters()}
-            names |= set(built.network.state_dict())
+            names = built.tensor_names()
             saved = checkpoint.load_checkpoint(
                 Path(start.checkpoint), wanted=lambda name: name.partition("/")[0] in names
             )

@@ -77,6 +77,12 @@ class Built:
     """The auxiliary nets that learn here, under their names in checkpoints."""
     settle: Callable[[], None] = lambda: None
 
+    def tensor_names(self) -> frozenset[str]:
+        """Return the names of all parameters and buffers that live here, as checkpoints have them."""
+        modules = [self.network] if self.auxiliary is None else [self.network, self.auxiliary]
+        shared = {name for module in modules for name, _ in module.named_parameters()}
+        return frozenset(shared.union(*(module.state_dict() for module in modules)))
+
 
 @dataclass(frozen=True, slots=True)
 class DataHere:
