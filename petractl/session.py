@@ -25,6 +25,7 @@ from petractl.engine.stage import Counters
 from petractl.engine.trainer import Outcome, Trainer, TrainingState
 from petractl.engine.world import World
 from petractl.errors import PeerLost, Problem, RunError
+from petractl.estimator import LOCAL
 from petractl.events import (
     CheckpointSaved,
     EventBus,
@@ -379,11 +380,18 @@ class Session:
         return RunStarted(
             run_dir=str(self._folder.path),
             recipe_name=self._recipe_name,
-            method=self._built.plan.method,
+            method=self._short_method(),
             model=self._recipe.model.name,
             dataset=self._recipe.data.name,
             resumed_from_epoch=state.epochs_done or None,
         )
+
+    def _short_method(self) -> str:
+        """Return the method for titles; of an estimator what tells most."""
+        choice = self._recipe.method.estimator
+        if choice is None or choice == LOCAL:
+            return self._built.plan.method
+        return f"{self._recipe.method.name} ({choice.target} along {choice.guess})"
 
     def _finished_event(self, outcome: Outcome, seconds: float) -> RunFinished:
         state, scores = outcome.state, outcome.state.scores

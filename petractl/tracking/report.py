@@ -30,7 +30,7 @@ STAGE_COLUMNS = (
     "W lookahead",
     "staleness in updates",
 )
-AUXILIARY_COLUMN = "auxiliary net"  # where blocks have one: its FLOPs beside the block's
+AUXILIARY_COLUMN = "auxiliary FLOPs"  # where blocks have one: in percent of the block's own
 DEVICE_COLUMN = "device"  # the last one, where there is more than one process
 TEXT_COLUMNS = ("units", "keeps", DEVICE_COLUMN)  # the others are numbers, aligned right
 NARROW_COLUMNS = ("stage", "units", "keeps", "W lookahead", DEVICE_COLUMN)  # for a narrow terminal
