@@ -81,12 +81,12 @@ def data(microbatches=1):
         )
 
 
-def gradients_of(choice, *, normed=True, microbatches=1, k=1, only=None, seed=7, blocks=4):
+def gradients_of(choice, *, normed=True, microbatches=1, k=1, only=None, seed=7, blocks=4, units=None):
     """Run the engine over microbatches that update nothing; return the last update's gradients by name.
 
     `only` takes that microbatch alone; `seed` is that of random guesses.
     """
-    units = make_units(normed, blocks=blocks)
+    units = units or make_units(normed, blocks=blocks)
     found = {}
     stages = assemble_blocks(
         units,

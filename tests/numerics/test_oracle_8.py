@@ -188,3 +188,28 @@ def test_the_original_forward_gradient_by_hand():
         0.7 < (scale / c_squared) < 1.4
     )  # v is a standard gaussian of 400 parameters: ||estimate||^2 = c^2 d
     assert actual.keys() == true.keys()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        LOCAL,
+        Estimator(),
+        Estimator(coefficients="sample", tangents="one"),
+        Estimator(guess="random-gaussian", space="batch-weight"),
+        Estimator(guess="random-gaussian", space="batch-weight", projection="random-sign"),
+        Estimator(guess="random-gaussian", space="batch-weight", granularity="net", directions=3),
+        Estimator(target="sum", guess="above", derivative="reverse", statistics="held"),
+        Estimator(guess="ntk", space="weight", derivative="forward"),
+    ],
+    ids=str,
+)
+def test_running_statistics_follow_each_microbatch_once(choice):
+    """Whatever is evaluated besides: the statistics are those of a plain forward of every microbatch."""
+    units, plain = make_units(normed=True), Network(make_units(normed=True))
+    gradients_of(choice, units=units, microbatches=2)
+    for images, _ in data(2):
+        plain(images)
+    actual = Network(units).state_dict()
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(actual[name], expected, rtol=1e-12, atol=1e-15)
