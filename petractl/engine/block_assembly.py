@@ -86,7 +86,7 @@ def assemble_blocks(
             num_blocks=len(bounds),
             own_loss=losses[j],
             guessing=_guessing(choice, nets.guessing, own_loss(j, nets.guessing)),
-            rest=Rest(list(zip(rows, losses, strict=True))[j + 1 :]) if choice.probes and j < last else None,
+            above=Rest(list(zip(rows, losses, strict=True))[j + 1 :]) if j < last else None,
             seed=seed,
             device=device,
         )

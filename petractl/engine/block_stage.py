@@ -17,6 +17,7 @@ from petractl.engine.versions import Versions
 from petractl.methods.block import LossFunction, Setting
 from petractl.methods.evaluation import Evaluator
 from petractl.methods.learner import Flight, Learner
+from petractl.methods.spaces import Slots
 from petractl.models.units import Streams
 
 
@@ -158,13 +159,23 @@ class BlockStage:
         observer, i = self.observer, flight.setting.microbatch
         if observer is None or not observer.wants(i):
             return
-        if flight.guesses and self._learner.choice.space != "weight":
-            guess = [x for slot in flight.guesses[0] for x in slot]
-            in_activations = self._learner.choice.space == "activation"
-            observer.guess(self.index, i, guess, space="activation" if in_activations else "weight")
+        in_activations = self._learner.choice.space == "activation"
+        target = self._learner.target(flight) if flight.guesses else None
+        for guess in flight.guesses:
+            observer.guess(
+                self.index,
+                i,
+                _tensors(guess),
+                None if target is None else _tensors(target),
+                space="activation" if in_activations else "weight",
+            )
         first = 0
         for unit, evaluator in enumerate(self._learner.row.evaluators):
             end = first + len(evaluator.parameters)
             observer.unit_gradients(self.index, i, unit, gradients[first:end])
             first = end
         observer.finished(self.index, i)
+
+
+def _tensors(slots: Slots) -> list[Tensor]:
+    return [tensor for slot in slots for tensor in slot]

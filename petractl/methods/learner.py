@@ -68,8 +68,9 @@ class Down:
 class Learner:
     """Block `index` of `num_blocks`; see the module's docstring.
 
-    `own_loss`: the auxiliary net's, the last block's the net's, None where it is not needed. `seed` is the
-    net's: random guesses are a function of it, the block and the microbatch.
+    `own_loss`: the auxiliary net's, the last block's the net's, None where it is not needed. `above` is the
+    rest of the net, for choices that look through it, and for observers. `seed` is the net's: random guesses
+    are a function of it, the block and the microbatch.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Learner:
         num_blocks: int,
         own_loss: OwnLoss | None,
         guessing: Guessing | None = None,
-        rest: Rest | None = None,
+        above: Rest | None = None,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -92,7 +93,8 @@ class Learner:
         self.is_last = index == num_blocks - 1
         self._index = index
         self._guessing = guessing
-        self._rest = rest
+        self._above = above
+        self._rest = above if choice.probes else None
         self._seed = seed
         self._device = device
         self._projector = Projector(
@@ -296,7 +298,7 @@ class Learner:
     def estimate(self, flight: Flight, at: Mapping[Kind, Streams] | None = None) -> Slots:
         """Return the projection of the target on the guesses; `at` are gradients that came down."""
         at, choice = at or {}, self.choice
-        guesses = flight.guesses or [self._vectors(flight, choice.guess, "live", at)]
+        guesses = flight.guesses = flight.guesses or [self._vectors(flight, choice.guess, "live", at)]
         slots = range(len(guesses[0]))
         coefficients: Sequence[Tensor | None]
         if not choice.uses_target:
@@ -305,7 +307,6 @@ class Learner:
             coefficients = [None for _ in slots]
         elif choice.resolved_derivative == "forward":
             if flight.moved is None:
-                flight.guesses = guesses
                 self._carry(flight, [])
             assert flight.moved is not None
             coefficients = self.space.arranged(flight.moved, num_guesses=len(guesses))
@@ -313,6 +314,20 @@ class Learner:
             target = self._vectors(flight, choice.target, choice.resolved_statistics, at)
             coefficients = [self._projector.coefficients(target[s], [g[s] for g in guesses]) for s in slots]
         return [self._projector.estimate([g[s] for g in guesses], coefficients[s]) for s in slots]
+
+    def target(self, flight: Flight) -> Slots | None:
+        """Return the target itself, by backpropagation, for who observes; None where that is end-to-end's."""
+        choice, i = self.choice, flight.setting.microbatch
+        if choice.target == "global" and choice.space != "weight":
+            return None
+        at: dict[Kind, Streams] = {}
+        if choice.target != "local":
+            assert self._above is not None
+            loss = "global" if choice.target == "global" else "above"
+            seen = self._above.gradient(loss, flight.outputs, flight.labels, microbatch=i)
+            at[loss, "live"] = seen
+        graph = flight.graph or self.space.linearize(flight.inputs, flight.setting, live=False)
+        return self.space.vectors(graph, self._at_outputs(flight, choice.target, "live", at))
 
     def gradients(self, flight: Flight, estimate: Slots) -> list[Tensor | None]:
         """Return the parameter gradients that an estimate stands for."""
