@@ -14,6 +14,7 @@ from forward_gradient_net import (
     data,
     gradients_of,
     make_auxiliaries,
+    make_two_streams,
     make_units,
     true_gradients,
 )
@@ -64,6 +65,17 @@ def test_forward_mode_is_the_projection_by_a_backward_pass(guess, space, normed)
 def test_target_and_guess_global_is_backpropagation(space, normed):
     choice = Estimator("global", "global", space[0], coefficients=space[1])
     assert_same(gradients_of(choice, normed=normed), true_gradients(normed=normed))
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    ("target", "guess"), [("global", "local"), ("above", "random-gaussian"), ("sum", "ntk")]
+)
+def test_blocks_of_two_streams(target, guess, space):
+    choice = Estimator(target, guess, space[0], coefficients=space[1], derivative="forward")
+    choice = replace(choice, statistics=choice.resolved_statistics)
+    forward = gradients_of(choice, units=make_two_streams())
+    assert_same(forward, gradients_of(replace(choice, derivative="reverse"), units=make_two_streams()))
 
 
 @pytest.mark.parametrize("space", SPACES)
