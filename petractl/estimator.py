@@ -217,6 +217,9 @@ def is_allowed(choice: Estimator) -> bool:
 
 def _guess_contradictions(choice: Estimator) -> Iterator[Problem]:
     if choice.has_random_guess:
+        if not choice.uses_target:
+            what = f'"random-sign" of the guess "{choice.guess}" is noise, of which nothing can be learned'
+            yield Problem("method.projection", what, 'set it to "exact" or "sign", or choose another guess')
         return
     hint = 'set method.guess = "random-gaussian" or "random-rademacher", or take it out'
     if choice.directions > 1:
@@ -242,7 +245,7 @@ def _granularity_contradictions(choice: Estimator) -> Iterator[Problem]:
         "space": ("batch-weight",),
         "target": ("global",),
         "guess": RANDOM_GUESSES,
-        "projection": ("exact", "sign", "random-sign"),
+        "projection": ("sign", "exact"),
         "derivative": ("auto", "forward"),
         "tangents": ("auto", "all"),
         "normalise_random": (False,),

@@ -21,7 +21,8 @@ from petractl.recipe.schema import Recipe
 
 def single_block_warnings(recipe: Recipe, *, num_blocks: int) -> list[Problem]:
     """Return what to say of a net that is one block."""
-    if num_blocks > 1:
+    choice = recipe.method.estimator
+    if num_blocks > 1 or (choice is not None and choice.granularity == "net"):
         return []
     what = f"a net of one block has nothing below its loss: {recipe.method.name} is plain backpropagation"
     return [Problem("partition.stages", what, 'set it to "units", or to the number of blocks')]

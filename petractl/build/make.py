@@ -210,7 +210,7 @@ def _build_part(plan: CheckedPlan, data: DataHere, world: World, *, starting_wei
         plan=_plan_event(plan, data, devices, threads=torch.get_num_threads(), backend=world.backend),
         left_weights=left,
         auxiliary=auxiliary,
-        settle=partial(_settle, part, world),
+        settle=partial(_settle, part, auxiliary, world),
     )
 
 
@@ -248,10 +248,11 @@ class _NetworkPart(nn.Module):
         return [self.units[str(n)] for n in range(first, end)]
 
 
-def _settle(part: nn.Module, world: World) -> None:
+def _settle(part: nn.Module, auxiliary: nn.Module | None, world: World) -> None:
     """Make the running statistics of all replicas one."""
     if world.replicas is not None:
-        average_buffers(part.buffers(), group=world.replicas)
+        buffers = [*part.buffers(), *([] if auxiliary is None else auxiliary.buffers())]
+        average_buffers(buffers, group=world.replicas)
 
 
 def _reducer(part: _NetworkPart, auxiliary: nn.Module | None, world: World) -> Reducer | None:

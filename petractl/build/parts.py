@@ -130,4 +130,8 @@ def eval_batch_size(recipe: Recipe) -> int:
 def wire_formats(recipe: Recipe) -> tuple[str, str]:
     """Return the number formats of messages upwards and downwards."""
     upwards = recipe.engine.wire_dtype
+    choice = recipe.method.estimator
+    if choice is not None and choice.carries_tangents:
+        # A few numbers, of blocks of very different scales: rounded together, the small ones would be 0.
+        return upwards, "float32"
     return upwards, recipe.engine.wire_dtype_backward or upwards

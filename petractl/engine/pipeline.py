@@ -174,6 +174,7 @@ class InProcessPipeline:
                     moved = True
             assert moved, f"no stage can go on: {[str(p.operation) for p in pending]}"
         assert all(stage.microbatches_in_flight() == 0 for stage in self.stages)
+        assert not any(seat.activations.ready() or seat.gradients.ready() for seat in self._seats)
 
     def stage_measures(self) -> tuple[Measures, ...]:
         """Return nothing: stages of one process wait for nobody."""
@@ -220,7 +221,7 @@ class InProcessPipeline:
         self._seats[j + 1].activations.send(self._rounded(message, self._formats[0]))
 
     def _send_down(self, j: int, message: Gradient) -> None:
-        if j > 0:
+        if j > 0 and not self.stages[j - 1].is_alone:
             self._seats[j - 1].gradients.send(self._rounded(message, self._formats[1]))
 
     def _rounded(self, message: M, number_format: str) -> M:

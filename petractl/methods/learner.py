@@ -89,8 +89,8 @@ class Learner:
         self.row = row
         self.choice = choice
         self.own_loss = own_loss
-        self.space = Space(row, choice)
         self.is_last = index == num_blocks - 1
+        self.space = Space(row, choice, estimates=not self.is_last)
         self._index = index
         self._guessing = guessing
         self._above = above

@@ -52,10 +52,11 @@ class Graph:
 class Space:
     """One block's side of a space; see the module's docstring."""
 
-    def __init__(self, row: Row, choice: Estimator) -> None:
+    def __init__(self, row: Row, choice: Estimator, *, estimates: bool = True) -> None:
         self._row = row
         self._choice = choice
-        self._taps = Taps(row.modules) if choice.space == "weight" else None
+        # The last block takes its true gradient: nobody asks for each sample's part in it.
+        self._taps = Taps(row.modules) if choice.space == "weight" and estimates else None
         self._spans = choice.projection == "span" and choice.per_sample
 
     def linearize(

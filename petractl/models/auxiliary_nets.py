@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petractl.errors import UserError
-from petractl.models.resnet import conv1x1, conv3x3, initialise
+from petractl.models.resnet import conv1x1, initialise
 from petractl.models.units import Streams, as_streams
 
 Shape = Sequence[int]
@@ -78,11 +78,29 @@ class QuadrantMeans(nn.Module):
         return torch.stack([part.mean(dim=(2, 3)) for part in quadrants], dim=2).flatten(1)
 
 
+class HalvingConv(nn.Conv2d):
+    """3x3 convolution with stride 2 and no bias, in the weight's own precision on a map of one pixel.
+
+    On the CPU, oneDNN 3.13 (torch 2.15) leaves parts of that layer's bfloat16 weight gradient unwritten: the
+    run then has other bits each time, and NaN.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maps, of half the side."""
+        if x.shape[-2:] != (1, 1) or x.is_meta:  # which knows no autocast
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def cnn(channels: int, width: int, classes: int) -> nn.Sequential:
     """Return a 1x1 convolution to `width` channels, three of 3x3 with stride 2, and a linear layer on 2x2."""
     layers: list[nn.Module] = [conv1x1(channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     for _ in range(3):
-        layers += [conv3x3(width, width, stride=2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [HalvingConv(width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     net = nn.Sequential(*layers, QuadrantMeans(), nn.Linear(4 * width, classes))
     initialise([net])
     return net

@@ -65,7 +65,11 @@ def idle_engine_keys(recipe: Recipe, choice: Estimator) -> Iterator[IdleKey]:
             alone = "blocks that each look above" if choice.probes else "blocks that learn by themselves"
         for key in ("slack", "wire_dtype_backward"):
             yield IdleKey(f"engine.{key}", alone, "estimates that are sent down")
-    elif recipe.engine.schedule != "tight":
+        return
+    if choice.carries_tangents:
+        what = "derivatives along tangents, which go down as they are"
+        yield IdleKey("engine.wire_dtype_backward", what, "gradients that are sent down")
+    if recipe.engine.schedule != "tight":
         yield IdleKey("engine.slack", f"engine.schedule = {shown(recipe.engine.schedule)}", '"tight"')
 
 

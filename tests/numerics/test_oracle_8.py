@@ -39,8 +39,11 @@ ALLOWED = list(allowed_choices())
 
 
 def test_the_whole_grid_is_tried():
-    """4 targets x 8 guesses x (4 spaces x 4 projections, less a span of one guess in two of them)."""
-    assert len(ALLOWED) == 4 * 8 * (4 * 4 - 2)
+    """4 targets x (8 guesses x 14 of 4 spaces and 4 projections, less random signs of 2 random guesses).
+
+    14: a span of one guess in two of the spaces is none.
+    """
+    assert len(ALLOWED) == 4 * (8 * (4 * 4 - 2) - 2 * 4)
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -49,7 +52,7 @@ def test_the_whole_grid_is_tried():
 def test_forward_mode_is_the_projection_by_a_backward_pass(guess, space, normed):
     torch.set_num_threads(1)
     choices = [c for c in ALLOWED if c.guess == guess and (c.space, c.coefficients) == space]
-    assert len(choices) >= 4 * 3
+    assert len(choices) >= 4 * 2
     for choice in choices:
         forward = gradients_of(choice, normed=normed)
         reverse = gradients_of(replace(choice, derivative="reverse"), normed=normed)
