@@ -155,5 +155,7 @@ def _write_equal(comparison: "Comparison", told: Sequence[str], *, all_keys: boo
     parts = [*told, *keys]
     if silent:
         parts.append(many(len(silent), "key") + " at the default")
+    # A run whose keys are not known has no say in what is equal.
+    known = "" if all(run.keys for run in comparison.runs) else " where known"
     if parts:
-        write_out(f"equal: {', '.join(parts)}")
+        write_out(f"equal{known}: {', '.join(parts)}")

@@ -110,6 +110,7 @@ def test_states_and_problems_are_told(runs: Path) -> None:
         result = call(runs)
     assert result.exit_code == 0
     rows = [line.split("\t") for line in result.stdout.splitlines()[1:-1]]
+    assert result.stdout.splitlines()[-1].startswith("equal where known: ")
     assert {row[0]: row[-1] for row in rows} == {
         "a": "finished",
         "b": "interrupted",
