@@ -43,6 +43,8 @@ class Run:
     images_per_s: float | None = None
     peak_memory_bytes: int | None = None
     seconds: float | None = None
+    diverged: bool = False
+    """Its training loss is no number any more, whatever its accuracy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ class Row:
             return _state_in_words(self.runs[0])
         states = [run.state for run in self.runs]
         if set(states) == {"finished"}:
-            return "finished"
+            diverged = sum(run.diverged for run in self.runs)
+            return f"finished, {diverged} diverged" if diverged else "finished"
         counts = [f"{states.count(state)} {state}" for state in _STATES if state in states]
         failures = dict.fromkeys(run.failure for run in self.runs if run.failure)
         return "; ".join([", ".join(counts), *failures])
@@ -132,7 +135,13 @@ def _run(cell: Cell, failures: Mapping[str, str], *, is_running: bool) -> Run:
         images_per_s=record.images_per_s,
         peak_memory_bytes=record.peak_memory_bytes,
         seconds=record.seconds,
+        diverged=_diverged(record),
     )
+
+
+def _diverged(record: RunRecord) -> bool:
+    losses = [*record.curves["train_loss"].values, *record.curves["loss"].values]
+    return any(not math.isfinite(loss) for loss in losses)
 
 
 def _state(record: RunRecord) -> str:
@@ -144,7 +153,7 @@ def _state_in_words(run: Run) -> str:
         return f"failed: {run.failure}"
     if run.state in ("running", "interrupted") and run.epochs:
         return f"{run.state}, {run.epochs_done} of {run.epochs} epochs done"
-    return run.state
+    return f"{run.state}, diverged" if run.diverged else run.state
 
 
 def headings(keys: Sequence[str]) -> list[str]:

@@ -27,6 +27,11 @@ def test_seeds_are_one_row() -> None:
     assert found == ["petra", "0.1", "92.00 ± 2.00 (3)", "95.00 ± 0.00", "1,234", "3 MiB", "finished"]
 
 
+def test_a_run_that_has_diverged_is_told() -> None:
+    assert row(run(diverged=True)).state == "finished, diverged"
+    assert row(run(0), run(1, diverged=True), run(2)).state == "finished, 1 diverged"
+
+
 def test_only_finished_runs_count() -> None:
     failed = run(1, state="failed", top1=10.0, failure="boom")
     found = cells_of(row(run(0), failed, run(2, state="running", top1=50.0)), KEYS)
