@@ -182,9 +182,9 @@ class Trainer:
                 on_microbatch=_Progress(self, epoch, started),
             )
         report = self._report(before)
-        seconds = time.perf_counter() - started
         self._settle()
         reports = self._world.gather(report)
+        seconds = time.perf_counter() - started  # now the other stages have made their last update too
         if reports:
             self._tell_trained(epoch, reports, seconds=seconds)
             self._tell_of_data(epoch, reports, seconds=seconds)
