@@ -205,3 +205,21 @@ def test_a_block_is_a_unit_unless_told_otherwise(method: str) -> None:
     assert build.check(load(*overrides[:1], "partition.stages=4")).num_stages == 4
     (warning,) = build.check(load(*overrides[:1], "partition.stages=1")).warnings
     assert "is plain backpropagation" in warning.what
+
+
+def test_derivatives_go_down_as_they_are() -> None:
+    """Those of all blocks travel together: with one scale for int8 the small ones would arrive as 0."""
+    petra = load_recipe("digits_revnet18", overrides=["engine.wire_dtype=int8"]).recipe
+    assert build.wire_formats(petra) == ("int8", "int8")
+    forward = load_recipe("digits_fg", overrides=["engine.wire_dtype=int8"]).recipe
+    assert build.wire_formats(forward) == ("int8", "float32")
+    reverse = load_recipe("digits_fg", overrides=["engine.wire_dtype=int8", "method.guess=above"]).recipe
+    assert build.wire_formats(reverse) == ("int8", "int8")
+
+
+def test_one_block_with_one_direction_of_the_net_is_no_backprop() -> None:
+    net = ("method.space=batch-weight", "method.guess=random-gaussian", "method.granularity=net")
+    for overrides, warned in (((), True), (net, False)):
+        loaded = load_recipe("digits_fg", overrides=["partition.stages=1", *overrides])
+        found = [warning.what for warning in build.check(loaded).warnings]
+        assert any("plain backpropagation" in what for what in found) == warned
