@@ -180,11 +180,6 @@ class Estimator:
         return self.directions * coefficients * each
 
     @property
-    def learning_auxiliary(self) -> bool:
-        """A local loss is in use, and its auxiliary net learns from it."""
-        return any(loss in ("local", "above", "sum") for loss in self.losses)
-
-    @property
     def guessing_auxiliary(self) -> bool:
         """The guess has an auxiliary net of its own, frozen or initialised anew at every batch."""
         return self.guess in ("ntk", "fixed-ntk")

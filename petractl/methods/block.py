@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from petractl.estimator import Statistics
 from petractl.methods.dual import loss_tangents
-from petractl.methods.dual_mode import Statistics as DualStatistics
 from petractl.methods.evaluation import Evaluator, Linearization, Parameters
 from petractl.methods.held_statistics import held_statistics
 from petractl.models.units import Streams
@@ -23,8 +22,6 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 Direction = Sequence[Tensor | None]
 """A tangent, or None for zero, for each parameter of a block."""
-
-DUAL: dict[Statistics, DualStatistics] = {"live": "batch", "held": "held"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ class Row:
                 live=live,
                 parameters=used,
                 directions=list(own.values()),
-                statistics=DUAL[statistics],
+                statistics=statistics,
             )
             carried = _sums(zip([*carried, *own], found, strict=True))
             first = end
@@ -165,7 +162,7 @@ class OwnLoss:
             return torch.zeros(0, len(labels), device=labels.device)
         if self.auxiliary is not None:
             outputs, tangents = self.auxiliary.push(
-                outputs, tangents, microbatch=microbatch, live=False, statistics=DUAL[statistics]
+                outputs, tangents, microbatch=microbatch, live=False, statistics=statistics
             )
         logits = [tangent[0] for tangent in tangents]
         _, moved = loss_tangents(self.loss.per_sample, outputs[0], logits, labels)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from petractl.estimator import Statistics
 from petractl.methods.dual_mode import (
     Directions,
     ForwardMode,
     NotCarriedError,
-    Statistics,
     random_states,
     set_random_states,
 )
@@ -43,7 +43,7 @@ Row = Sequence[Tensor | None]
 
 
 def push(
-    function: Function, primals: Streams, tangents: Tangents, *, statistics: Statistics = "batch"
+    function: Function, primals: Streams, tangents: Tangents, *, statistics: Statistics = "live"
 ) -> tuple[Streams, Tangents]:
     """Return the outputs of `function` and their derivative along `tangents`; nothing has a graph."""
     outputs, (pushed,) = carry(function, primals, [tangents], statistics=statistics)
@@ -51,7 +51,7 @@ def push(
 
 
 def push_many(
-    function: Function, primals: Streams, tangents: Sequence[Row], *, statistics: Statistics = "batch"
+    function: Function, primals: Streams, tangents: Sequence[Row], *, statistics: Statistics = "live"
 ) -> tuple[Streams, list[Tangents]]:
     """Return the outputs, computed once, and their derivative along each of several directions.
 
@@ -77,7 +77,7 @@ def push_parameters(
     directions: Sequence[Mapping[str, Tensor]],
     *,
     tangents: Sequence[Tangents] = (),
-    statistics: Statistics = "batch",
+    statistics: Statistics = "live",
 ) -> tuple[Streams, list[Tangents]]:
     """Return a module's outputs and their derivatives along directions of its parameters.
 

@@ -15,15 +15,14 @@ whose value has changed since its tangents were written was changed through anot
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-Statistics = Literal["batch", "held"]
-"""Batch norm's batch statistics: functions of the batch, or constants in the derivative."""
+from petractl.estimator import Statistics
 
 Directions = list[Tensor | None]
 """One tangent per direction; None is zero."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from petractl.errors import UserError
+from petractl.estimator import Statistics
 from petractl.methods.dual import Function, Row, Tangents, carry, lacks_forward_mode, one_by_one
-from petractl.methods.dual_mode import NotCarriedError, Statistics
+from petractl.methods.dual_mode import NotCarriedError
 from petractl.methods.randomness import derive_seed, seed_device
 from petractl.models.units import Reconstruction, Reversible, Streams, as_streams, parts_begin_with
 
@@ -118,7 +119,7 @@ class Evaluator:
         live: bool,
         parameters: Parameters = None,
         directions: Sequence[Row] = (),
-        statistics: Statistics = "batch",
+        statistics: Statistics = "live",
     ) -> tuple[Streams, list[Tangents]]:
         """Evaluate once, without a graph, and carry tangents of the inputs and directions of the parameters.
 

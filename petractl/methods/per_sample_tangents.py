@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from petractl.estimator import Statistics
 from petractl.methods.dual import Tangents
-from petractl.methods.dual_mode import Statistics, make, unpack
+from petractl.methods.dual_mode import make, unpack
 from petractl.methods.evaluation import Evaluator
 from petractl.methods.per_sample_generic import alone
 from petractl.methods.per_sample_layers import (
@@ -98,7 +99,7 @@ def push_per_sample(
     microbatch: int,
     live: bool = False,
     parameters: Sequence[Sequence[Tensor] | None] | None = None,
-    statistics: Statistics = "batch",
+    statistics: Statistics = "live",
 ) -> tuple[Streams, Tangents]:
     """Return a block's outputs and how they move when sample i's copy of one parameter does along row i.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from petractl.estimator import Estimator, Statistics
-from petractl.methods.block import DUAL, Direction, Row, Setting
+from petractl.methods.block import Direction, Row, Setting
 from petractl.methods.evaluation import Linearization
 from petractl.methods.per_sample import Recording, Taps
 from petractl.methods.per_sample_tangents import push_per_sample
@@ -30,7 +30,6 @@ Slots = list[Vectors]
 class Graph:
     """A block's evaluation with its graph, and in weight space the record of each sample's part in it."""
 
-    setting: Setting
     row: Linearization
     recording: Recording | None = None
 
@@ -38,11 +37,6 @@ class Graph:
     def outputs(self) -> Streams:
         """The block's outputs, without their graph."""
         return tuple(y.detach() for y in self.row.outputs)
-
-    @property
-    def inputs(self) -> Streams:
-        """The block's inputs."""
-        return tuple(x.detach() for x in self.row.inputs)
 
     def pull(self, at_outputs: Streams) -> tuple[Streams, Sequence[Tensor | None]]:
         """Return the gradients of the inputs and of the parameters; the graph stays."""
@@ -64,10 +58,10 @@ class Space:
     ) -> Graph:
         """Evaluate the block with its graph."""
         if self._taps is None:
-            return Graph(setting, self._row.linearize(inputs, setting, live=live, statistics=statistics))
+            return Graph(self._row.linearize(inputs, setting, live=live, statistics=statistics))
         with self._taps.record() as recording:
             row = self._row.linearize(inputs, setting, live=live, statistics=statistics)
-        return Graph(setting, row, recording)
+        return Graph(row, recording)
 
     def random(self, outputs: Streams, *, samples: int, guess: str) -> Slots:
         """Draw a guess from torch's generator; `outputs` are needed for activations alone."""
@@ -181,7 +175,7 @@ class Space:
                 position=first + n,
                 microbatch=setting.microbatch,
                 parameters=setting.versions,
-                statistics=DUAL[statistics],
+                statistics=statistics,
             )[1]
             for n, direction in enumerate(slot)
         ]

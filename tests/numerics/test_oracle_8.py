@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 from forward_gradient_net import (
+    LOSS,
     assert_same,
     data,
     gradients_of,
@@ -20,7 +21,12 @@ from forward_gradient_net import (
 )
 from torch.nn import functional
 
+from petractl.engine.assembly import assemble_stages
+from petractl.engine.block_assembly import assemble_blocks
+from petractl.engine.pipeline import InProcessPipeline
+from petractl.engine.update import Updater
 from petractl.estimator import GUESSES, LOCAL, PROJECTIONS, TARGETS, Estimator, is_allowed
+from petractl.methods.family import method_spec
 from petractl.models.units import Network
 
 SPACES = (("activation", "batch"), ("activation", "sample"), ("batch-weight", "batch"), ("weight", "batch"))
@@ -228,3 +234,38 @@ def test_running_statistics_follow_each_microbatch_once(choice):
     actual = Network(units).state_dict()
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(actual[name], expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("lookahead", [[3, 2, 1, 0], [6, 4, 2, 0]])
+def test_delayed_blocks_learn_at_the_parameters_of_their_forward(lookahead):
+    """Target and guess global, forwards running ahead: these are delayed gradients with their graph kept."""
+
+    def updater(named):
+        return Updater(torch.optim.SGD([p for _, p in named], lr=0.2), learning_rate=lambda _: 0.2)
+
+    common = {
+        "names": list("0123"),
+        "cuts": [1, 2, 3],
+        "make_updater": updater,
+        "seed": 7,
+        "device": torch.device("cpu"),
+    }
+    choice = Estimator("global", "global")
+    blocks, delayed = make_units(normed=True), make_units(normed=True)
+    for stages in (
+        assemble_blocks(
+            blocks,
+            choice=choice,
+            auxiliaries=make_auxiliaries(choice, blocks),
+            num_streams=[1] * 4,
+            loss=LOSS,
+            **common,
+        ),
+        assemble_stages(delayed, method=method_spec("delayed", keep="graph"), loss=LOSS.mean, **common),
+    ):
+        InProcessPipeline(stages, lookahead=lookahead, accumulation=1).train(data(9), num_microbatches=9)
+    start = dict(Network(make_units(normed=True)).named_parameters())
+    expected = dict(Network(delayed).named_parameters())
+    for name, p in Network(blocks).named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-9, atol=1e-12)
+        assert (p - start[name]).norm() > 1e-4

@@ -199,7 +199,7 @@ class TestAgainstTorch:
         for m in (m for unit in units for m in unit.modules() if isinstance(m, nn.BatchNorm2d)):
             m.num_batches_tracked = None
         rows = directions(x, 2)
-        (value,), pushed = carry(net, (x,), rows, statistics="batch")
+        (value,), pushed = carry(net, (x,), rows, statistics="live")
         with torch.no_grad():
             assert torch.equal(value, net(x))
         assert all(close(dy, reference(net, (x,), t)[1]) for t, (dy,) in zip(rows, pushed, strict=True))
@@ -238,14 +238,14 @@ class TestSeveralAtOnce:
     def test_what_changes_in_place_is_not_carried(self, name):
         module, x = made(name)
         with pytest.raises(NotCarriedError):
-            carry(frozen(module), (x,), directions(x, 2), statistics="batch")
+            carry(frozen(module), (x,), directions(x, 2), statistics="live")
 
     @pytest.mark.parametrize(
         "name", ["residual in place", "head", "pools", "dropout", "transformer", "gelu, group norm"]
     )
     def test_others_are_carried(self, name):
         module, x = made(name)
-        carry(frozen(module), (x,), directions(x, 2), statistics="batch")
+        carry(frozen(module), (x,), directions(x, 2), statistics="live")
 
     def test_an_autograd_function_is_differentiated_by_its_own_rule(self):
         class StraightThrough(torch.autograd.Function):
@@ -342,7 +342,7 @@ class TestStatistics:
         ((t,),) = directions(x, 1)
         alone = torch.zeros_like(t)
         alone[1] = t[1]
-        for statistics, apart in (("held", True), ("batch", False)):
+        for statistics, apart in (("held", True), ("live", False)):
             whole, one = (
                 push(frozen(module), (x,), (d,), statistics=statistics)[1][0][1] for d in (t, alone)
             )
@@ -430,7 +430,7 @@ class TestEvaluator:
         assert all(close(t, a + b) for t, a, b in zip(together, one, other, strict=True))
 
     @pytest.mark.parametrize("count", [1, 2])
-    @pytest.mark.parametrize("statistics", ["batch", "held"])
+    @pytest.mark.parametrize("statistics", ["live", "held"])
     def test_lower_precision_and_memory_format_stay(self, count, statistics):
         seen = set()
 

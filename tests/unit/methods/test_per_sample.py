@@ -356,7 +356,7 @@ class TestRefused:
 
 class TestTangents:
     @block_cases
-    @pytest.mark.parametrize("statistics", ["batch", "held"])
+    @pytest.mark.parametrize("statistics", ["live", "held"])
     def test_they_are_those_of_copies(self, units, inputs, statistics):
         block, copies = with_copies(units, n=N, held=statistics == "held")
         for position, copied in enumerate(copies):
