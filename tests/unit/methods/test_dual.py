@@ -483,3 +483,9 @@ class TestLoss:
         )
         assert losses.shape == (6,)
         assert moved.shape == (0, 6)
+
+
+def test_a_batch_norm_of_one_value_is_refused_as_ever() -> None:
+    x = torch.randn(1, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        push(nn.BatchNorm1d(3).double(), (x,), (x,))
