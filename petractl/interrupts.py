@@ -1,14 +1,21 @@
 """Ctrl-C and SIGTERM: both stop a run in the same way, and neither spoils its end.
 
-Either becomes a `KeyboardInterrupt`, from the first import to the last file. Once all epochs are done and
-saved there is nothing left to stop: the first signal is then answered in words, and the second obeyed.
+Either becomes a `KeyboardInterrupt`, from the first import to the last file. While the net is trained
+(`deferred`) the first one is only noted: the run then saves where it is, within a deadline, and stops; the
+second one, or the end of the deadline, interrupts. Once all epochs are done and saved there is nothing left
+to stop: the first signal is then answered in words, and the second obeyed.
 """
 
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_SAME_S = 1.0
+"""Signals this near to each other are one: a terminal and a launcher may both pass it on."""
 
 
 class Interrupts:
@@ -22,31 +29,77 @@ class Interrupts:
         self.finishing = False
         self.requested = False
         """A signal has come that was not put off."""
+        self.is_overdue = False
+        """The deadline has passed in which the run should have been saved."""
         self._answered = False
+        self._deadline_s: float | None = None
+        self._first_at = 0.0
 
     @contextmanager
     def handled(self) -> Iterator["Interrupts"]:
         """Handle both signals within the block; elsewhere than in the main thread they are someone else's."""
         try:
             before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_deadline)
         except ValueError:
             yield self
             return
         try:
             yield self
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self, deadline_s: float) -> Iterator[None]:
+        """Within the block only note the first signal; whoever is in it must end within the deadline.
+
+        The deadline goes on after the block.
+        """
+        before, self._deadline_s = self._deadline_s, deadline_s
+        try:
+            yield
+        finally:
+            self._deadline_s = before
+
+    @contextmanager
+    def limited(self, deadline_s: float) -> Iterator[None]:
+        """Interrupt what is in the block when the deadline has passed; one that runs already stands."""
+        if (
+            signal.getitimer(signal.ITIMER_REAL)[0] <= 0
+            and threading.current_thread() is threading.main_thread()
+        ):
+            signal.setitimer(signal.ITIMER_REAL, deadline_s)
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.finishing and not self._answered:
             self._answered = True
             self._say("all epochs are done and saved, finishing; once more to stop at once")
             return
-        self.requested = True
+        now = time.monotonic()
+        if self.requested and now - self._first_at < _SAME_S:
+            return
+        is_first, self.requested = not self.requested, True
+        if is_first and self._deadline_s is not None:
+            self._first_at, self._answered = now, True
+            signal.setitimer(signal.ITIMER_REAL, self._deadline_s)
+            self._say(
+                f"stopping: saving where the run is, within {self._deadline_s:g} s; once more to stop now"
+            )
+            return
         if not self._answered:
             self._answered = True
             self._say("stopping")
+        raise KeyboardInterrupt
+
+    def _end_deadline(self, number: int, frame: FrameType | None) -> None:
+        self.is_overdue = True
         raise KeyboardInterrupt
 
     def _say(self, words: str) -> None:

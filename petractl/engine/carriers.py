@@ -148,9 +148,9 @@ class HostCarrier:
 
     def unpack(self, parcel: Parcel) -> Message:
         """Return the message, its tensors views of the buffer."""
-        microbatch, first, parts = wire.read_header(_header(parcel.host, self.size))
+        head, parts = wire.read_header(_header(parcel.host, self.size))
         tensors = wire.read_payload(parts, parcel.host[self.size.header_bytes :])
-        return wire.message_of(microbatch, first, tensors, upwards=self._upwards)
+        return wire.message_of(head, tensors, upwards=self._upwards)
 
 
 class StagedCarrier:
@@ -202,11 +202,9 @@ class StagedCarrier:
     def unpack(self, parcel: Parcel) -> Message:
         """Return the message on the device."""
         assert parcel.device is not None
-        microbatch, first, parts = wire.read_header(_header(parcel.host, self.size))
+        head, parts = wire.read_header(_header(parcel.host, self.size))
         self._stream.let_current_use(parcel.device, parcel.event)
-        return wire.message_of(
-            microbatch, first, wire.read_payload(parts, parcel.device), upwards=self._upwards
-        )
+        return wire.message_of(head, wire.read_payload(parts, parcel.device), upwards=self._upwards)
 
 
 class NcclCarrier:
@@ -265,11 +263,9 @@ class NcclCarrier:
     def unpack(self, parcel: Parcel) -> Message:
         """Return the message on the device; the current stream waits for it, the host does not."""
         assert parcel.device is not None
-        microbatch, first, parts = wire.read_header(_header(parcel.host, self.size))
+        head, parts = wire.read_header(_header(parcel.host, self.size))
         self._stream.let_current_use(parcel.device, parcel.event)
-        return wire.message_of(
-            microbatch, first, wire.read_payload(parts, parcel.device), upwards=self._upwards
-        )
+        return wire.message_of(head, wire.read_payload(parts, parcel.device), upwards=self._upwards)
 
     def _transfer(self, operation: Any, tensor: Tensor | None) -> None:
         # `wait` makes the current stream wait, not the host.

@@ -13,11 +13,16 @@ from petractl.models.units import Streams
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Upwards: the streams of one microbatch, and its labels (n,)."""
+    """Upwards: the streams of one microbatch, and its labels (n,).
+
+    `cut` says whether the run is saved after this microbatch's backward (see `engine.cut`): who passes it on
+    has been told in time.
+    """
 
     microbatch: int
     streams: Streams
     labels: Tensor
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)

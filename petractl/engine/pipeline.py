@@ -7,17 +7,26 @@ messages.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, cast
 
 from torch import Tensor
 
 from petractl.engine import wire
+from petractl.engine.cut import STOP, Cutter, PendingCuts, StageCut, StageRecord, Stopped
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.recorder import Recorder
-from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
+from petractl.engine.schedule import (
+    WHOLE_EPOCH,
+    Kind,
+    Operation,
+    Stretch,
+    group_size,
+    stage_operations,
+)
 from petractl.engine.stage import Counters, Totals
+from petractl.engine.tensor_tree import Tree
 from petractl.engine.transport import Mailbox
 from petractl.engine.update import Updater
 from petractl.errors import RunError
@@ -26,15 +35,6 @@ MicrobatchSource = Iterator[tuple[Tensor, Tensor]]
 """Images (n, c, h, w) and labels (n,), one microbatch after the other."""
 
 M = TypeVar("M", Activation, Gradient)
-
-
-class StageRecord(Protocol):
-    """What everyone may know of a stage: who it is, what it has done, how it updates."""
-
-    index: int
-    counters: Counters
-    totals: Totals
-    updater: Updater
 
 
 class Pipeline(Protocol):
@@ -56,8 +56,28 @@ class Pipeline(Protocol):
         num_rows: int | None = None,
         offset: int = 0,
         on_microbatch: Callable[[int], None] | None = None,
+        stretch: Stretch = WHOLE_EPOCH,
+        cutter: Cutter | None = None,
     ) -> None:
-        """Train on the next `num_microbatches`; every one gets its backward before this returns."""
+        """Train on the epoch's microbatches, or a stretch of them; all that enter get their backward.
+
+        `source` begins with the first microbatch to enter (see `entered`). With `cutter` the run can be saved
+        on the way, without being drained.
+
+        Raises:
+            Stopped: a cut has said so; every stage of this process has handed itself over.
+        """
+        ...
+
+    def resume(self, cuts: Sequence[StageCut], *, offset: int) -> None:
+        """Go on from a cut: put back what each stage held, and what was on its way, for the next `train`.
+
+        `offset`: microbatches (rows) before the epoch.
+        """
+        ...
+
+    def entered(self, stretch: Stretch, *, num_microbatches: int) -> int:
+        """Return how many of the epoch's microbatches have entered the first stage before a stretch."""
         ...
 
     def stage_measures(self) -> Sequence[Measures]:
@@ -71,6 +91,7 @@ class StageLike(Protocol):
     index: int
     offset: int
     counters: Counters
+    at_epoch_start: Counters
     totals: Totals
     updater: Updater
     delay: int
@@ -95,6 +116,14 @@ class StageLike(Protocol):
 
     def microbatches_in_flight(self) -> int:
         """Count what waits for its backward."""
+        ...
+
+    def suspended(self) -> dict[str, Tree]:
+        """Return what it holds besides parameters, buffers and the optimiser's state."""
+        ...
+
+    def resume(self, state: dict[str, Tree]) -> None:
+        """Go on from what `suspended` returned."""
         ...
 
 
@@ -139,15 +168,20 @@ class InProcessPipeline:
         num_rows: int | None = None,
         offset: int = 0,
         on_microbatch: Callable[[int], None] | None = None,
+        stretch: Stretch = WHOLE_EPOCH,
+        cutter: Cutter | None = None,
     ) -> None:
-        """Train on the next `num_microbatches`; every one gets its backward before this returns.
+        """Train on the epoch's microbatches, or a stretch of them; all that enter get their backward.
 
-        `offset` is the number of microbatches trained on before. `on_microbatch(i)` is called after the last
-        stage's backward of microbatch i.
+        `offset` is the number of microbatches trained on before the epoch. `on_microbatch(i)` is called after
+        the last stage's backward of microbatch i.
+
+        Raises:
+            Stopped: a cut has said so.
         """
         assert source is not None
-        for stage in self.stages:
-            stage.offset = offset
+        begin_stretch(self.stages, stretch, offset=offset)
+        cuts = self._cuts(num_microbatches)
         pending = [
             _Pending(
                 stage_operations(
@@ -156,6 +190,7 @@ class InProcessPipeline:
                     accumulation=self.accumulation,
                     is_last=j == len(self.stages) - 1 or self.stages[j].is_alone,
                     num_rows=num_rows,
+                    stretch=stretch,
                 )
             )
             for j, w in enumerate(self.lookahead)
@@ -164,17 +199,68 @@ class InProcessPipeline:
             moved = False
             for j, p in enumerate(pending):
                 if p.operation is not None and self._ready(j, p.operation):
+                    self._decide(j, p.operation, cuts, cutter)
                     with self._recorded(j, p.operation):
-                        self._execute(j, p.operation, source, num_microbatches)
+                        self._execute(j, p.operation, source, num_microbatches, cuts[j])
                     # Stages that learn alone have such operations too; the loss is on the last one.
                     done = p.operation.kind is Kind.FORWARD_BACKWARD and j == len(self.stages) - 1
                     if done and on_microbatch is not None:
                         on_microbatch(p.operation.microbatch)
+                    if self._hand_over(j, p.operation, cuts[j], cutter):
+                        p.stop()
                     p.advance()
                     moved = True
             assert moved, f"no stage can go on: {[str(p.operation) for p in pending]}"
+        if any(p.is_stopped for p in pending):
+            raise Stopped
         assert all(stage.microbatches_in_flight() == 0 for stage in self.stages)
         assert not any(seat.activations.ready() or seat.gradients.ready() for seat in self._seats)
+
+    def resume(self, cuts: Sequence[StageCut], *, offset: int) -> None:
+        """Put back what each stage held at a cut, and what was on its way."""
+        for stage, cut in zip(self.stages, cuts, strict=True):
+            stage.offset = offset
+            stage.resume(cut.state)
+            for message in cut.sent:
+                self._send_up(stage.index, message)
+
+    def entered(self, stretch: Stretch, *, num_microbatches: int) -> int:
+        """Return how many of the epoch's microbatches have entered the first stage before a stretch."""
+        return stretch.entered(lookahead=self.lookahead[0], num_microbatches=num_microbatches)
+
+    def _cuts(self, num_microbatches: int) -> list[PendingCuts]:
+        return [
+            PendingCuts(
+                lookahead_above=above, num_microbatches=num_microbatches, accumulation=self.accumulation
+            )
+            for above in (*self.lookahead[1:], None)
+        ]
+
+    def _decide(
+        self, j: int, operation: Operation, cuts: Sequence[PendingCuts], cutter: Cutter | None
+    ) -> None:
+        """Ask for a cut where a microbatch enters; all stages hear of it at once."""
+        if cutter is None or j > 0:
+            return
+        if operation.kind is Kind.UPDATE:
+            cutter.before_update(operation.microbatch)
+        elif operation.kind is not Kind.BACKWARD:
+            flags = cutter.decide(operation.microbatch)
+            for pending in cuts:
+                pending.hear(operation.microbatch, flags)
+
+    def _hand_over(self, j: int, operation: Operation, cuts: PendingCuts, cutter: Cutter | None) -> bool:
+        """Hand a stage over if it stands at a cut; returns whether it stops there."""
+        if cutter is None:
+            return False
+        if j == 0 and operation.kind is Kind.UPDATE:
+            cutter.after_update(operation.microbatch)
+        reached = cuts.reached(operation)
+        if reached is None:
+            return False
+        stage, (m, flags, sent) = self.stages[j], reached
+        cutter.take(stage, StageCut(stage.index, m, flags, sent, stage.suspended()))
+        return bool(flags & STOP)
 
     def stage_measures(self) -> tuple[Measures, ...]:
         """Return nothing: stages of one process wait for nobody."""
@@ -190,7 +276,9 @@ class InProcessPipeline:
             return self._seats[j].gradients.ready()
         return j == 0 or self._seats[j].activations.ready()
 
-    def _execute(self, j: int, operation: Operation, source: MicrobatchSource, total: int) -> None:
+    def _execute(
+        self, j: int, operation: Operation, source: MicrobatchSource, total: int, cuts: PendingCuts
+    ) -> None:
         stage, i = self._seats[j].stage, operation.microbatch
         size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
         if operation.kind is Kind.UPDATE:
@@ -199,14 +287,16 @@ class InProcessPipeline:
             self._send_down(j, stage.backward(self._seats[j].gradients.receive(i), group_size=size))
         else:
             message = self._take_activation(j, i, source)
+            answer: Activation | Gradient
             if operation.kind is Kind.FORWARD:
-                self._send_up(j, stage.forward(message))
+                answer = stage.forward(message)
             else:
                 answer = stage.forward_backward(message, group_size=size)
-                if isinstance(answer, Gradient):
-                    self._send_down(j, answer)
-                else:
-                    self._send_up(j, answer)
+            if isinstance(answer, Gradient):
+                self._send_down(j, answer)
+            else:
+                cuts.sending(answer)
+                self._send_up(j, answer)
 
     def _take_activation(self, j: int, i: int, source: MicrobatchSource) -> Activation:
         if j > 0:
@@ -233,7 +323,27 @@ class _Pending:
 
     def __init__(self, operations: Iterator[Operation]) -> None:
         self._operations = operations
+        self.is_stopped = False
         self.operation = next(operations, None)
 
     def advance(self) -> None:
-        self.operation = next(self._operations, None)
+        self.operation = None if self.is_stopped else next(self._operations, None)
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+class _InTraining(Protocol):
+    """A stage that knows where in training it is."""
+
+    offset: int
+    counters: Counters
+    at_epoch_start: Counters
+
+
+def begin_stretch(stages: Sequence[_InTraining], stretch: Stretch, *, offset: int) -> None:
+    """Tell the stages where in training they are; at the start of an epoch, to count from here."""
+    for stage in stages:
+        stage.offset = offset
+        if not stretch.done:
+            stage.at_epoch_start = replace(stage.counters)

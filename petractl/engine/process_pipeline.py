@@ -5,18 +5,26 @@ next operation needs: so the result has the same bits, whatever the speed of the
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from petractl.engine.cut import STOP, Cutter, PendingCuts, StageCut, Stopped
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
-from petractl.engine.pipeline import MicrobatchSource, StageLike
+from petractl.engine.pipeline import MicrobatchSource, StageLike, begin_stretch
 from petractl.engine.recorder import Recorder
-from petractl.engine.schedule import Kind, Operation, group_size, stage_operations
+from petractl.engine.schedule import (
+    WHOLE_EPOCH,
+    Kind,
+    Operation,
+    Stretch,
+    group_size,
+    stage_operations,
+)
 from petractl.engine.stopwatch import Stopwatch
 from petractl.errors import PeerLost, RunError, Stalled
 
@@ -48,7 +56,8 @@ class Links:
 class ProcessPipeline:
     """One stage of a pipeline, driven by its list of operations; see the module's docstring.
 
-    `stall_timeout_s` is how long it waits for a message before it gives up (0: for ever).
+    `lookahead_above` is that of the stage above, None where there is none. `stall_timeout_s` is how long it
+    waits for a message before it gives up (0: for ever).
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class ProcessPipeline:
         links: Links,
         lookahead: int,
         accumulation: int,
+        lookahead_above: int | None = None,
         stall_timeout_s: float = 0.0,
         device: torch.device = _CPU,
         name: str = "",
@@ -68,6 +78,8 @@ class ProcessPipeline:
         self._stage = stage
         self._links = links
         self._lookahead = lookahead
+        self._lookahead_above = lookahead_above
+        self._on_their_way: tuple[Activation, ...] = ()
         self._timeout_s = stall_timeout_s
         self._name = name
         self.recorder: Recorder | None = None
@@ -83,43 +95,49 @@ class ProcessPipeline:
         num_rows: int | None = None,
         offset: int = 0,
         on_microbatch: Callable[[int], None] | None = None,
+        stretch: Stretch = WHOLE_EPOCH,
+        cutter: Cutter | None = None,
     ) -> None:
-        """Train on the next `num_microbatches`; every one gets its backward before this returns.
+        """Train on the epoch's microbatches, or a stretch of them; all that enter get their backward.
 
         `source` is given to the first stage and to no other. `num_rows` is the largest number of microbatches
-        among the replicas, `offset` the rows trained on before. `on_microbatch(i)` is called after this
-        stage's backward of microbatch i.
+        among the replicas, `offset` the rows trained on before the epoch. `on_microbatch(i)` is called after
+        this stage's backward of microbatch i.
 
         Raises:
             PeerLost: a neighbour is gone.
             Stalled: a message did not come.
+            Stopped: a cut has said so.
         """
         stage, links = self._stage, self._links
-        stage.offset = offset
+        begin_stretch(self.stages, stretch, offset=offset)
         self.measures = measures = Measures()
         before = self.link_totals()
         started = time.perf_counter()
-        if links.from_below is not None:
-            links.from_below.expect(num_microbatches)
-        if links.from_above is not None:
-            links.from_above.expect(num_microbatches)
+        self._expect(stretch, num_microbatches)
+        self._send_again()
+        cuts = PendingCuts(
+            lookahead_above=self._lookahead_above,
+            num_microbatches=num_microbatches,
+            accumulation=self.accumulation,
+        )
         operations = stage_operations(
             lookahead=self._lookahead,
             num_microbatches=num_microbatches,
             accumulation=self.accumulation,
             is_last=links.to_above is None or stage.is_alone,
             num_rows=num_rows,
+            stretch=stretch,
         )
         for operation in operations:
-            self._execute(operation, source, num_microbatches)
+            self._execute(operation, source, num_microbatches, cuts, cutter)
             if operation.kind in (Kind.BACKWARD, Kind.FORWARD_BACKWARD):
                 measures.staleness_sum += stage.delay
                 measures.backwards += 1
                 if on_microbatch is not None:
                     on_microbatch(operation.microbatch)
-        for link in (links.to_above, links.to_below):
-            if link is not None:
-                link.flush(timeout_s=self._timeout_s)
+            self._hand_over(operation, cuts, cutter)
+        self._flush()
         assert stage.microbatches_in_flight() == 0
         measures.seconds = time.perf_counter() - started
         after = self.link_totals()
@@ -134,6 +152,17 @@ class ProcessPipeline:
         measures.bytes_sent_forward = int(after[3] - before[3])
         measures.bytes_sent_backward = int(after[4] - before[4])
 
+    def resume(self, cuts: Sequence[StageCut], *, offset: int) -> None:
+        """Put back what the stage held at a cut; the next `train` sends what was on its way."""
+        (cut,) = cuts
+        self._stage.offset = offset
+        self._stage.resume(cut.state)
+        self._on_their_way = cut.sent
+
+    def entered(self, stretch: Stretch, *, num_microbatches: int) -> int:
+        """Return how many of the epoch's microbatches have entered this stage before a stretch."""
+        return stretch.entered(lookahead=self._lookahead, num_microbatches=num_microbatches)
+
     def stage_measures(self) -> tuple[Measures, ...]:
         """Return how the stage spent the last epoch."""
         return (self.measures,)
@@ -146,10 +175,58 @@ class ProcessPipeline:
         """End the links' threads."""
         self._links.close()
 
-    def _execute(self, operation: Operation, source: MicrobatchSource | None, total: int) -> None:
+    def _expect(self, stretch: Stretch, num_microbatches: int) -> None:
+        """Begin to receive the messages that a stretch needs."""
+        links, end = self._links, stretch.end(num_microbatches)
+        if links.from_below is not None:
+            links.from_below.expect(end - self.entered(stretch, num_microbatches=num_microbatches))
+        if links.from_above is not None:
+            links.from_above.expect(end - min(stretch.done, end))
+
+    def _send_again(self) -> None:
+        """Send what was on its way up at the cut that this stage goes on from."""
+        for message in self._on_their_way:
+            assert self._links.to_above is not None
+            self._links.to_above.send(message, timeout_s=self._timeout_s)
+        self._on_their_way = ()
+
+    def _hand_over(self, operation: Operation, cuts: PendingCuts, cutter: Cutter | None) -> None:
+        """Hand the stage over if it stands at a cut.
+
+        Raises:
+            Stopped: the run ends here.
+        """
+        if cutter is None:
+            return
+        if operation.kind is Kind.UPDATE and self._links.from_below is None:
+            cutter.after_update(operation.microbatch)
+        reached = cuts.reached(operation)
+        if reached is None:
+            return
+        m, flags, sent = reached
+        cutter.take(self._stage, StageCut(self._stage.index, m, flags, sent, self._stage.suspended()))
+        if flags & STOP:
+            self._flush()
+            raise Stopped
+
+    def _flush(self) -> None:
+        for link in (self._links.to_above, self._links.to_below):
+            if link is not None:
+                link.flush(timeout_s=self._timeout_s)
+
+    def _execute(
+        self,
+        operation: Operation,
+        source: MicrobatchSource | None,
+        total: int,
+        cuts: PendingCuts,
+        cutter: Cutter | None,
+    ) -> None:
         stage, links, i = self._stage, self._links, operation.microbatch
         size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
         if operation.kind is Kind.UPDATE:
+            if cutter is not None and links.from_below is None:
+                cutter.before_update(i)
             with self._waits_named(operation), self._timed(operation):
                 stage.update(partial=size < self.accumulation)
         elif operation.kind is Kind.BACKWARD:
@@ -158,15 +235,16 @@ class ProcessPipeline:
             gradient = links.from_above.receive(i, operation=str(operation), timeout_s=self._timeout_s)
             with self._timed(operation, waited_s=links.from_above.waited_s - before):
                 self._send_down(stage.backward(gradient, group_size=size))
-        elif operation.kind is Kind.FORWARD:
-            assert links.to_above is not None
-            activation, waited_s = self._take(operation, source)
-            with self._timed(operation, waited_s=waited_s):
-                links.to_above.send(stage.forward(activation))
         else:
-            activation, waited_s = self._take(operation, source)
+            activation, waited_s = self._take(operation, source, cutter)
+            cuts.hear(i, activation.cut)
             with self._timed(operation, waited_s=waited_s):
-                self._send(stage.forward_backward(activation, group_size=size))
+                answer: Activation | Gradient
+                if operation.kind is Kind.FORWARD:
+                    answer = stage.forward(activation)
+                else:
+                    answer = stage.forward_backward(activation, group_size=size)
+                self._send(answer, cuts, activation.cut)
 
     def _timed(self, operation: Operation, *, waited_s: float = 0.0) -> AbstractContextManager[object]:
         if self.recorder is None:
@@ -188,8 +266,10 @@ class ProcessPipeline:
         except PeerLost as error:
             raise PeerLost(f"{self._name}, in {operation}: {error.what}") from error
 
-    def _take(self, operation: Operation, source: MicrobatchSource | None) -> tuple[Activation, float]:
-        """Return the next activation, and the seconds waited for it."""
+    def _take(
+        self, operation: Operation, source: MicrobatchSource | None, cutter: Cutter | None
+    ) -> tuple[Activation, float]:
+        """Return the next activation, and the seconds waited for it; where data enter, decide on a cut."""
         i, below = operation.microbatch, self._links.from_below
         if below is not None:
             before = below.waited_s
@@ -203,15 +283,17 @@ class ProcessPipeline:
         if microbatch is None:
             raise RunError(f"the data ended after {i} microbatches", where="stage 0", hint="check the data")
         images, labels = microbatch
-        return Activation(i, (images,), labels), waited_s
+        flags = 0 if cutter is None else cutter.decide(i)
+        return Activation(i, (images,), labels, flags), waited_s
 
-    def _send(self, message: Activation | Gradient) -> None:
-        """Send what a whole microbatch has given: up from a stage that learns alone, else down."""
+    def _send(self, message: Activation | Gradient, cuts: PendingCuts, flags: int) -> None:
+        """Send what a forward, or a whole microbatch, has given; a message upwards tells of a cut."""
         if isinstance(message, Gradient):
             self._send_down(message)
         else:
             assert self._links.to_above is not None
-            self._links.to_above.send(message, timeout_s=self._timeout_s)
+            cuts.sending(message)
+            self._links.to_above.send(replace(message, cut=flags), timeout_s=self._timeout_s)
 
     def _send_down(self, message: Gradient) -> None:
         if self._links.to_below is not None:

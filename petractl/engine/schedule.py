@@ -93,10 +93,53 @@ def num_updates(*, num_microbatches: int, accumulation: int) -> int:
     return -(-num_microbatches // accumulation)
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A part of an epoch; by default all of it.
+
+    `after` is the microbatch of the cut that it goes on from (its backward is the last that every stage has
+    done), with what was in flight. None: the pipeline is empty, and `first` is the first microbatch to enter.
+    `until` is the first that no longer enters: the pipeline is then drained, and a group that it leaves
+    incomplete is not updated with.
+    """
+
+    first: int = 0
+    after: int | None = None
+    until: int | None = None
+
+    @property
+    def done(self) -> int:
+        """How many of the epoch's microbatches have had their backward before it."""
+        return self.first if self.after is None else self.after + 1
+
+    def end(self, num_microbatches: int) -> int:
+        """Return the first microbatch that does not enter."""
+        return num_microbatches if self.until is None else min(self.until, num_microbatches)
+
+    def entered(self, *, lookahead: int, num_microbatches: int) -> int:
+        """Return how many of the epoch's microbatches a stage has had the forward of before it."""
+        ahead = 0 if self.after is None else lookahead
+        return min(self.done + ahead, self.end(num_microbatches))
+
+
+WHOLE_EPOCH = Stretch()
+
+
+def closes_group(microbatch: int, *, num_microbatches: int, accumulation: int) -> bool:
+    """Tell whether a stage updates after this microbatch's backward."""
+    return (microbatch + 1) % accumulation == 0 or microbatch + 1 == num_microbatches
+
+
 def stage_operations(
-    *, lookahead: int, num_microbatches: int, accumulation: int, is_last: bool, num_rows: int | None = None
+    *,
+    lookahead: int,
+    num_microbatches: int,
+    accumulation: int,
+    is_last: bool,
+    num_rows: int | None = None,
+    stretch: Stretch = WHOLE_EPOCH,
 ) -> Iterator[Operation]:
-    """Yield one stage's operations for an epoch: it starts empty and ends drained.
+    """Yield one stage's operations for an epoch, or for a stretch of it: it ends drained.
 
     `num_rows` is the largest number of microbatches over the replicas (None: this one's). A replica that has
     fewer still makes every update, with what the others have for it.
@@ -109,17 +152,22 @@ def stage_operations(
         raise ValueError(f"num_microbatches = {num_microbatches}, accumulation = {accumulation}")
     if rows < num_microbatches:
         raise ValueError(f"num_rows = {rows} is less than num_microbatches = {num_microbatches}")
-    ahead = min(lookahead, num_microbatches)
-    yield from (Operation(Kind.FORWARD, i) for i in range(ahead))
-    for i in range(num_microbatches):
+    end = stretch.end(num_microbatches)
+    if stretch.after is None:
+        yield from (
+            Operation(Kind.FORWARD, i) for i in range(stretch.done, min(stretch.done + lookahead, end))
+        )
+    for i in range(stretch.done, end):
         if is_last:
             yield Operation(Kind.FORWARD_BACKWARD, i)
         else:
-            if i + lookahead < num_microbatches:
+            if i + lookahead < end:
                 yield Operation(Kind.FORWARD, i + lookahead)
             yield Operation(Kind.BACKWARD, i)
-        if (i + 1) % accumulation == 0 or i + 1 == num_microbatches:
+        if closes_group(i, num_microbatches=num_microbatches, accumulation=accumulation):
             yield Operation(Kind.UPDATE, i)
+    if end < num_microbatches:
+        return
     made = num_updates(num_microbatches=num_microbatches, accumulation=accumulation)
     for group in range(made, num_updates(num_microbatches=rows, accumulation=accumulation)):
         yield Operation(Kind.UPDATE, min((group + 1) * accumulation, rows) - 1)

@@ -9,21 +9,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from petractl.engine.cut import Cutter, Stopped
 from petractl.engine.data_watch import DataWatch, TrainingData, samples_skipped
 from petractl.engine.diagnosis import Diagnosis, StageDiagnosis
 from petractl.engine.evaluation import LabelledBatch, Placement, Scores
 from petractl.engine.measures import Measures
 from petractl.engine.memory import peak_memory_bytes
+from petractl.engine.numbers import Findings, Numbers
 from petractl.engine.pipeline import Pipeline
 from petractl.engine.recorder import Record, Recorder
-from petractl.engine.schedule import num_updates
+from petractl.engine.schedule import Stretch, num_updates
 from petractl.engine.stage import Counters
 from petractl.engine.world import Alone, World
 from petractl.events import (
@@ -52,9 +54,15 @@ class EvaluationData(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """Where a run stands after `epochs_done` epochs: with the tensors, all that it needs to go on."""
+    """Where a run stands: with the tensors, all that it needs to go on.
+
+    `microbatches_done` are those of the next epoch (rows, with replicas) that have had their backward; where
+    that is all of them, the epoch is to be evaluated. `is_drained`: nothing else has entered.
+    """
 
     epochs_done: int = 0
+    microbatches_done: int = 0
+    is_drained: bool = True
     best_top1: float | None = None
     best_epoch: int | None = None
     scores: Scores | None = None
@@ -77,11 +85,36 @@ class EpochLength:
     rows: int
 
 
+class Saving(Cutter, Protocol):
+    """Saves the run, in the middle of an epoch and at the end of one."""
+
+    def begin(self, state: TrainingState) -> AbstractContextManager[None]:
+        """Begin an epoch, or the rest of one, which is trained within the returned block."""
+        ...
+
+    def poll(self) -> None:
+        """Hear that a microbatch is done."""
+        ...
+
+    def is_stopping(self) -> bool:
+        """Tell whether the run is to stop; what the first process says counts."""
+        ...
+
+    def save_trained(self, state: TrainingState) -> None:
+        """Save an epoch that is trained and not evaluated."""
+        ...
+
+    def save_epoch(self, state: TrainingState, *, is_best: bool, is_last: bool) -> None:
+        """Save the end of an epoch, if it is due."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """The sums of an epoch on the last stage of one replica."""
+    """The sums of an epoch on the last stage of one replica; `carried`: samples of an earlier session."""
 
     samples: int
+    carried: int
     loss: float
     correct: int
 
@@ -103,15 +136,16 @@ class _Report:
     waited_s: float
     steady_wait_s: float
     skipped: tuple[str, ...]
+    numbers: Findings | None
 
 
 class Trainer:
-    """Runs epochs until `epochs` are done. `save(state, is_best, is_last)` is called after each.
+    """Runs epochs until `epochs` are done.
 
     `training_data` is given where images enter and nowhere else. `settle` is called when an epoch is trained:
     replicas then make their running statistics one. `trace` is given (epoch, records with their replica) on
     rank 0, and wanted by all or by none. `evaluate` gives every process the same scores. What `diagnosis`
-    finds is told.
+    and `numbers` find is told.
     """
 
     def __init__(
@@ -126,10 +160,11 @@ class Trainer:
         epochs: int,
         evaluate_every: int,
         emit: Callable[[Event], None],
-        save: Callable[[TrainingState, bool, bool], None],
+        saver: Saving,
         settle: Callable[[], None] = lambda: None,
         trace: Callable[[int, list[tuple[int, Record]]], None] | None = None,
         diagnosis: Diagnosis | None = None,
+        numbers: Numbers | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._world = world
@@ -140,9 +175,10 @@ class Trainer:
         self._epochs = epochs
         self._evaluate_every = evaluate_every
         self._emit = emit
-        self._save = save
+        self._saver = saver
         self._settle = settle
         self._trace = trace
+        self._numbers = numbers
         if diagnosis is not None:
             diagnosis.report = self._tell_diagnosed
         self._watch = DataWatch(training_data)
@@ -150,59 +186,99 @@ class Trainer:
         self._images = 0
         self._training_s = 0.0
         self._has_diverged = False
+        self.at_rest: TrainingState | None = None
+        """Where the run stands and is not saved yet, while the stages do nothing; else None."""
 
     def run(self, state: TrainingState) -> Outcome:
-        """Train from `state` to the last epoch."""
+        """Train from `state` to the last epoch.
+
+        Raises:
+            Stopped: the run was told to stop, and has been handed to the saver.
+        """
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))
-            self._train(epoch)
+            self._train(epoch, state)
+            self.at_rest = replace(state, microbatches_done=self._length.rows, is_drained=True)
+            if self._world.share(self._saver.is_stopping()):
+                self._saver.save_trained(self.at_rest)
+                raise Stopped
             is_best = False
-            state = replace(state, epochs_done=epoch)
+            state = replace(state, epochs_done=epoch, microbatches_done=0, is_drained=True)
             if is_last or epoch % self._evaluate_every == 0:
                 state, is_best = self._evaluate(state)
-            self._save(state, is_best, is_last)
+            self.at_rest = state
+            self._saver.save_epoch(state, is_best=is_best, is_last=is_last)
+            self.at_rest = None
         return Outcome(state, self._images, self._training_s)
 
-    def _train(self, epoch: int) -> None:
-        before = [replace(stage.counters) for stage in self._pipeline.stages]
-        self._pipeline.stages[-1].totals.reset()
+    def drain(self, state: TrainingState) -> TrainingState:
+        """Give what is in flight its backward, and let nothing enter; returns where the run then stands."""
+        ahead = self._pipeline.entered(stretch_of(state), num_microbatches=self._length.rows)
+        until = self._world.share(ahead)
+        self._pipeline.train(
+            iter(()),
+            num_microbatches=self._length.microbatches,
+            num_rows=self._length.rows,
+            offset=state.epochs_done * self._length.rows,
+            stretch=replace(stretch_of(state), until=until),
+        )
+        return replace(state, microbatches_done=until, is_drained=True)
+
+    def _train(self, epoch: int, state: TrainingState) -> None:
+        if not state.microbatches_done:
+            self._pipeline.stages[-1].totals.reset()
         self._watch.begin()
         if self._trace is not None:
             # Every epoch anew: clocks of two machines drift apart by a microbatch within the hour.
             self._clock_offset = self._world.clock_offset()
             self._pipeline.recorder = Recorder(self._placement.device)
         started = time.perf_counter()
-        with self._microbatches(epoch) as microbatches:
-            self._pipeline.train(
-                microbatches,
-                num_microbatches=self._length.microbatches,
-                num_rows=self._length.rows,
-                offset=(epoch - 1) * self._length.rows,
-                on_microbatch=_Progress(self, epoch, started),
-            )
-        report = self._report(before)
+        if state.microbatches_done < self._length.rows:
+            self._run_stretch(epoch, state, _Progress(self, epoch, started))
+        self.at_rest = None
+        if self._numbers is not None:
+            self._numbers.settle()
+        report = self._report()
         self._settle()
         reports = self._world.gather(report)
         seconds = time.perf_counter() - started  # now the other stages have made their last update too
         if reports:
             self._tell_trained(epoch, reports, seconds=seconds)
+            self._tell_of_numbers(epoch, reports)
             self._tell_of_data(epoch, reports, seconds=seconds)
 
-    def _report(self, before: list[Counters]) -> _Report:
+    def _run_stretch(self, epoch: int, state: TrainingState, progress: "_Progress") -> None:
+        """Train the epoch, or what is left of it."""
+        stretch, length = stretch_of(state), self._length
+        start = self._pipeline.entered(stretch, num_microbatches=length.microbatches)
+        with self._saver.begin(state), self._microbatches(epoch, start=start) as microbatches:
+            self._pipeline.train(
+                microbatches,
+                num_microbatches=length.microbatches,
+                num_rows=length.rows,
+                offset=(epoch - 1) * length.rows,
+                on_microbatch=progress,
+                stretch=stretch,
+                cutter=self._saver,
+            )
+
+    def _report(self) -> _Report:
         """Sum up the epoch; waits for the device."""
         seat, last = self._world.seat, self._pipeline.stages[-1]
         totals = None
         if last.totals.loss is not None and last.totals.correct is not None:
-            totals = _Totals(last.totals.samples, float(last.totals.loss), int(last.totals.correct))
+            sums = last.totals
+            totals = _Totals(sums.samples, sums.carried, float(last.totals.loss), int(last.totals.correct))
         device = self._placement.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        stages = zip(self._pipeline.stages, before, strict=True)
         return _Report(
             replica=seat.replica,
             rank=seat.rank,
-            stages=tuple((stage.index, _since(stage.counters, counters)) for stage, counters in stages),
+            stages=tuple(
+                (stage.index, _since(stage.counters, stage.at_epoch_start)) for stage in self._pipeline.stages
+            ),
             microbatches=self._length.microbatches,
             totals=totals,
             rate=last.updater.rate,
@@ -213,6 +289,7 @@ class Trainer:
             waited_s=self._watch.waited_s(),
             steady_wait_s=self._watch.steady_s(),
             skipped=self._watch.newly_skipped(),
+            numbers=None if self._numbers is None else self._numbers.findings(replica=seat.replica),
         )
 
     def _own_records(self) -> tuple[Record, ...]:
@@ -234,7 +311,8 @@ class Trainer:
         loss = loss_sum / samples if samples else math.nan
         if not math.isfinite(loss):
             self._warn_of_divergence(epoch, loss)
-        self._images += samples
+        here = samples - sum(report.totals.carried for report in last if report.totals)
+        self._images += here
         self._training_s += seconds
         self._emit(
             EpochTrained(
@@ -242,7 +320,7 @@ class Trainer:
                 loss=loss,
                 top1=100.0 * correct / samples if samples else math.nan,
                 samples=samples,
-                images_per_s=samples / seconds,
+                images_per_s=here / seconds,
                 seconds=seconds,
                 lr=last[0].rate if last else math.nan,
                 update=last[0].updates if last else 0,
@@ -266,6 +344,15 @@ class Trainer:
     def _tell_diagnosed(self, findings: Sequence[StageDiagnosis]) -> None:
         for found in findings:
             self._emit(_diagnosed(found, epoch=found.microbatch // self._length.rows + 1))
+
+    def _tell_of_numbers(self, epoch: int, reports: list[_Report]) -> None:
+        if self._numbers is not None:
+            found = [report.numbers for report in reports if report.numbers is not None]
+            updates = num_updates(
+                num_microbatches=self._length.rows, accumulation=self._pipeline.accumulation
+            )
+            for event in self._numbers.events(epoch, found, updates=updates):
+                self._emit(event)
 
     def _tell_of_data(self, epoch: int, reports: list[_Report], *, seconds: float) -> None:
         self._tell_skipped(epoch, [report.skipped for report in reports])
@@ -305,14 +392,18 @@ class Trainer:
         return counted
 
     @contextmanager
-    def _microbatches(self, epoch: int) -> Iterator[Iterator[tuple[Tensor, Tensor]] | None]:
-        """Give the epoch's microbatches on the device; None where no data enter."""
+    def _microbatches(self, epoch: int, *, start: int) -> Iterator[Iterator[tuple[Tensor, Tensor]] | None]:
+        """Give the epoch's microbatches from `start` on the device; None where no data enter."""
         if self._data is None:
             yield None
             return
         # The pipeline takes no more than it needs, so the loader would not see the end.
-        with closing(self._data.epoch(epoch - 1)) as batches:
+        with closing(self._data.epoch(epoch - 1, start=start)) as batches:
             yield ((self._placement.images(batch), self._placement.labels(batch)) for batch in batches)
+
+    def poll(self) -> None:
+        """Look after what goes on beside training."""
+        self._saver.poll()
 
     def show_progress(self, epoch: int, *, microbatches: int, seconds: float) -> None:
         """Tell of the progress within an epoch; where the loss is, waits for the device.
@@ -332,7 +423,7 @@ class Trainer:
                 of=self._length.microbatches,
                 loss=loss,
                 top1=top1,
-                images_per_s=last.totals.samples * world.seat.num_replicas / seconds,
+                images_per_s=(last.totals.samples - last.totals.carried) * world.seat.num_replicas / seconds,
                 lr=last.updater.rate,
                 update=last.counters.updates,
                 data_wait_percent=self._watch.wait_percent(seconds),
@@ -368,6 +459,12 @@ class Trainer:
         if is_best:
             state = replace(state, best_top1=scores.top1, best_epoch=epoch)
         return state, is_best
+
+
+def stretch_of(state: TrainingState) -> Stretch:
+    """Return the part of the epoch that is left."""
+    done = state.microbatches_done
+    return Stretch(first=done) if state.is_drained else Stretch(after=done - 1)
 
 
 def _since(now: Counters, before: Counters) -> Counters:
@@ -430,6 +527,7 @@ class _Progress:
         self._last = started
 
     def __call__(self, microbatch: int) -> None:
+        self._trainer.poll()
         now = time.perf_counter()
         if now - self._last < PROGRESS_INTERVAL_S:
             return

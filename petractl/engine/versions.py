@@ -6,6 +6,7 @@ than versions in flight.
 
 from collections.abc import Iterable, Sequence
 
+from petractl.engine.tensor_tree import Tree
 from petractl.methods.evaluation import Evaluator, Parameters
 
 
@@ -33,6 +34,25 @@ class Versions:
                 for evaluator, stash in zip(self._evaluators, self._stashes, strict=True)
             ]
         return self._now
+
+    def suspended(self, in_use: Sequence[Sequence[Parameters]]) -> tuple[list[Tree], list[int]]:
+        """Return the versions in use that are no longer the current one, and for each use its version.
+
+        -1 stands for the current one.
+        """
+        old: dict[int, Sequence[Parameters]] = {
+            id(version): version for version in in_use if version is not self._now
+        }
+        places = {key: n for n, key in enumerate(old)}
+        return [list(version) for version in old.values()], [places.get(id(used), -1) for used in in_use]
+
+    def resumed(self, versions: Sequence[Tree], numbers: Sequence[int]) -> list[list[Parameters]]:
+        """Return the version of each use again, from what `suspended` returned."""
+        old: list[list[Parameters]] = [
+            [None if unit is None else [p.requires_grad_() for p in unit] for unit in version]
+            for version in versions
+        ]
+        return [self.current() if n < 0 else old[n] for n in numbers]
 
     def protect(self, in_use: Iterable[Sequence[Parameters]]) -> None:
         """Prepare for an update: if a version in use is the current one, it keeps the old memory."""

@@ -40,7 +40,7 @@ _DTYPES = (
     torch.bool,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_WORDS_FIRST = 3  # microbatch, tensors before the split, tensors in all
+_WORDS_FIRST = 4  # microbatch, cut, tensors before the split, tensors in all
 _WORDS_PER_TENSOR = 3 + 2 * MAX_DIMENSIONS  # dtype, dtype on the wire, dimensions, shape, strides
 _NO_STREAMS = -1
 
@@ -105,15 +105,25 @@ def write_header(message: Message, parts: tuple[Part, ...], header: Tensor) -> N
     described = _description(_split(message), parts)
     words = header.numpy()
     words[0] = message.microbatch
-    words[1 : 1 + len(described)] = described
+    words[1] = message.cut if isinstance(message, Activation) else 0
+    words[2 : 2 + len(described)] = described
 
 
-def read_header(header: Tensor) -> tuple[int, int, tuple[Part, ...]]:
-    """Return the microbatch, the number of tensors before the split (-1: no streams), and the parts."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a header says of a message besides its tensors; `first`: tensors before the split, -1: none."""
+
+    microbatch: int
+    cut: int
+    first: int
+
+
+def read_header(header: Tensor) -> tuple[Head, tuple[Part, ...]]:
+    """Return what `write_header` has written."""
     words = header.numpy()
     count = int(words[_WORDS_FIRST - 1])
-    described = words[1 : _WORDS_FIRST + count * _WORDS_PER_TENSOR].tobytes()
-    return int(words[0]), int(words[1]), _described(described)
+    described = words[2 : _WORDS_FIRST + count * _WORDS_PER_TENSOR].tobytes()
+    return Head(int(words[0]), int(words[1]), int(words[2])), _described(described)
 
 
 # A run has a handful of layouts, and every message has one of them: what follows is done once for each.
@@ -147,7 +157,7 @@ def _placed(
 
 @lru_cache(maxsize=256)
 def _description(first: int, parts: tuple[Part, ...]) -> NDArray[np.int64]:
-    """Return a header's words behind the microbatch."""
+    """Return a header's words behind the first two."""
     words = [first, len(parts)]
     for part in parts:
         padding = [0] * (MAX_DIMENSIONS - len(part.shape))
@@ -161,7 +171,7 @@ def _described(description: bytes) -> tuple[Part, ...]:
     """Return the parts that `_description` has put into words."""
     words = np.frombuffer(description, dtype=np.int64).tolist()
     tensors = []
-    for at in range(_WORDS_FIRST - 1, len(words), _WORDS_PER_TENSOR):
+    for at in range(_WORDS_FIRST - 2, len(words), _WORDS_PER_TENSOR):
         dtype, sent_as, dimensions = _DTYPES[words[at]], _DTYPES[words[at + 1]], words[at + 2]
         shape = tuple(words[at + 3 : at + 3 + dimensions])
         strides = tuple(words[at + 3 + MAX_DIMENSIONS : at + 3 + MAX_DIMENSIONS + dimensions])
@@ -203,13 +213,14 @@ def read_payload(parts: Sequence[Part], payload: Tensor) -> list[Tensor]:
     return [_read(part, payload[part.offset : part.offset + part.nbytes]) for part in parts]
 
 
-def message_of(microbatch: int, first: int, tensors: Sequence[Tensor], *, upwards: bool) -> Message:
+def message_of(head: Head, tensors: Sequence[Tensor], *, upwards: bool) -> Message:
     """Put a message together again."""
+    first = head.first
     if upwards:
-        return Activation(microbatch, tuple(tensors[:first]), tensors[first])
+        return Activation(head.microbatch, tuple(tensors[:first]), tensors[first], head.cut)
     if first == _NO_STREAMS:
-        return Gradient(microbatch, None, tuple(tensors))
-    return Gradient(microbatch, tuple(tensors[:first]), tuple(tensors[first:]))
+        return Gradient(head.microbatch, None, tuple(tensors))
+    return Gradient(head.microbatch, tuple(tensors[:first]), tuple(tensors[first:]))
 
 
 def rounded(message: Message, *, number_format: str) -> Message:
@@ -221,8 +232,9 @@ def rounded(message: Message, *, number_format: str) -> Message:
     payload = torch.empty(parts[-1].end, dtype=torch.uint8, device=tensors[0].device)
     write_payload(tensors, parts, payload)
     upwards = isinstance(message, Activation)
-    tensors = read_payload(parts, payload)
-    return message_of(message.microbatch, _split(message), tensors, upwards=upwards)
+    cut = message.cut if isinstance(message, Activation) else 0
+    head = Head(message.microbatch, cut, _split(message))
+    return message_of(head, read_payload(parts, payload), upwards=upwards)
 
 
 def _read(part: Part, region: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from petractl.checkpoint import (
+    Moment,
     checkpoint_paths,
     load_checkpoint,
     newest_checkpoint,
@@ -99,7 +100,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch) -> Non
 def test_the_last_and_the_best_are_kept(tmp_path) -> None:
     for epoch in range(1, 7):
         save(tmp_path, epoch)
-    prune_checkpoints(tmp_path, newest_epoch=6, keep_last=2, best_epoch=3)
+    prune_checkpoints(tmp_path, newest=Moment(6), keep_last=2, best_epoch=3)
     assert [path.name for path in checkpoint_paths(tmp_path)] == ["epoch-0003", "epoch-0005", "epoch-0006"]
 
 
@@ -119,7 +120,7 @@ def test_damaged_later_ones_do_not_push_out_the_whole_one(tmp_path) -> None:
     for epoch in (5, 6):
         (tmp_path / f"epoch-000{epoch}" / "model.safetensors").write_bytes(b"damaged")
     save(tmp_path, 4)
-    prune_checkpoints(tmp_path, newest_epoch=4, keep_last=1, best_epoch=2)
+    prune_checkpoints(tmp_path, newest=Moment(4), keep_last=1, best_epoch=2)
     newest, errors = newest_checkpoint(tmp_path)
     assert newest is not None
     assert (newest.epoch, len(errors)) == (4, 2)

@@ -1,5 +1,6 @@
 """What the trainer tells of its data; what it computes is what the numerics tests are about."""
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from petractl import build
 from petractl.data.encoded import BadSample
+from petractl.engine.cut import Stopped
 from petractl.engine.evaluation import Scores
 from petractl.engine.trainer import Trainer, TrainingState
 from petractl.events import EpochTrained, Evaluated, Event, SamplesSkipped, StepsDone, WarningRaised
@@ -47,6 +49,39 @@ class Loader:
             yield batch
 
 
+class Saver:
+    """Saves nothing, and notes what it was asked for; stops where `stops_after` epochs are trained."""
+
+    def __init__(self, stops_after=None):
+        self.epochs, self.trained, self.polls = [], [], 0
+        self._stops_after, self._begun = stops_after, 0
+
+    def begin(self, state):
+        self._begun += 1
+        return contextlib.nullcontext()
+
+    def poll(self):
+        self.polls += 1
+
+    def is_stopping(self):
+        return self._begun == self._stops_after
+
+    def save_trained(self, state):
+        self.trained.append(state)
+
+    def save_epoch(self, state, *, is_best, is_last):
+        self.epochs.append((is_best, state.best_epoch, is_last))
+
+    def decide(self, microbatch):
+        return 0
+
+    def before_update(self, microbatch):
+        pass
+
+    def after_update(self, microbatch):
+        pass
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> build.Built:
     path = Path(tmp_path_factory.mktemp("recipe"), "recipe.toml")
@@ -54,7 +89,7 @@ def built(tmp_path_factory) -> build.Built:
     return build.build(build.check(load_recipe(str(path))))
 
 
-def events_of(built, loader, *, epochs, evaluate=None, save=lambda *_: None) -> list[Event]:
+def events_of(built, loader, *, epochs, evaluate=None, saver=None) -> list[Event]:
     events: list[Event] = []
     trainer = Trainer(
         pipeline=built.pipeline,
@@ -66,7 +101,7 @@ def events_of(built, loader, *, epochs, evaluate=None, save=lambda *_: None) -> 
         epochs=epochs,
         evaluate_every=1,
         emit=events.append,
-        save=save,
+        saver=saver or Saver(),
     )
     trainer.run(TrainingState())
     return events
@@ -106,16 +141,26 @@ def test_progress_tells_the_waiting_of_the_epoch_so_far(built, monkeypatch):
 
 def test_an_evaluation_of_nothing_is_no_best(built):
     scores = iter([Scores(math.nan, math.nan, math.nan, 0), Scores(1.0, 20.0, 50.0, 5)])
-    saved = []
+    saver = Saver()
     loader = Loader(built.training_data, wait_s=0.0)
     events_of(
         built,
         loader,
         epochs=2,
         evaluate=lambda: next(scores),
-        save=lambda state, is_best, _: saved.append((is_best, state.best_epoch)),
+        saver=saver,
     )
-    assert saved == [(False, None), (True, 2)]
+    assert saver.epochs == [(False, None, False), (True, 2, True)]
+    assert saver.polls == 8
+
+
+def test_a_stop_between_training_and_evaluation_is_saved_as_trained(built):
+    saver = Saver(stops_after=2)
+    with pytest.raises(Stopped):
+        events_of(built, Loader(built.training_data, wait_s=0.0), epochs=3, saver=saver)
+    (state,) = saver.trained
+    assert (state.epochs_done, state.microbatches_done, state.is_drained) == (1, 4, True)
+    assert [is_last for *_, is_last in saver.epochs] == [False]
 
 
 def test_samples_left_out_are_told_after_the_epoch_and_after_its_evaluation(built):

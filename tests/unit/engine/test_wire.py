@@ -65,10 +65,10 @@ def over_the_wire(message: wire.Message, *, number_format: str, room: int | None
     parts = wire.parts_of(tensors, number_format=number_format)
     wire.write_header(message, parts, header)
     wire.write_payload(tensors, parts, payload)
-    microbatch, first, read = wire.read_header(header)
+    head, read = wire.read_header(header)
     assert read == parts
     upwards = isinstance(message, Activation)
-    return wire.message_of(microbatch, first, wire.read_payload(read, payload), upwards=upwards)
+    return wire.message_of(head, wire.read_payload(read, payload), upwards=upwards)
 
 
 def sent(x: Tensor, number_format: str) -> Tensor:

@@ -55,7 +55,7 @@ def test_data_are_a_path_or_a_list(tmp_path) -> None:
 def test_the_checkpoint_interval_is_a_number_of_epochs(tmp_path) -> None:
     for text, epochs in (("1 epoch", 1), ("12 epochs", 12)):
         recipe = load_recipe(write(tmp_path, run=f'checkpoint_every = "{text}"')).recipe
-        assert recipe.run.checkpoint_epochs == epochs
+        assert recipe.run.interval.epochs == epochs
 
 
 def test_a_wrong_key_does_not_hide_a_contradiction_of_others(tmp_path) -> None:

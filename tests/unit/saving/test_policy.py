@@ -1,0 +1,176 @@
+"""When a run is saved: by updates, by time, because it is told to stop; the same on all replicas."""
+
+import pytest
+
+from petractl.engine.cut import SAVE, STOP
+from petractl.recipe.interval import Interval, parse_interval
+from petractl.saving.policy import CutPolicy, StopRequests
+
+ROWS, K = 10, 4
+
+
+class Board:
+    """A store that all share."""
+
+    def __init__(self):
+        self.texts = {}
+
+    def tell(self, key, value):
+        self.texts[key] = value
+
+    def ask(self, key):
+        return self.texts.get(key)
+
+
+class Clock:
+    """A clock that moves when told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def stops(board, clock, *, signalled=lambda: False, notice=None, is_first=True):
+    return StopRequests(signalled=signalled, board=board, notice=notice, is_first=is_first, clock=clock)
+
+
+NEVER = Interval()
+
+
+def policy(interval=NEVER, *, replica=0, replicas=1, board=None, clock=None, **options):
+    board, clock = board or Board(), clock or Clock()
+    return CutPolicy(
+        interval,
+        rows=ROWS,
+        accumulation=K,
+        replica=replica,
+        num_replicas=replicas,
+        stops=stops(board, clock, **options),
+        board=board,
+        clock=clock,
+    )
+
+
+def decisions(p, epoch=0):
+    p.begin(epoch)
+    return {m: flags for m in range(ROWS) if (flags := p.decide(m))}
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("1 epoch", Interval(epochs=1)),
+        ("12 epochs", Interval(epochs=12)),
+        ("1 update", Interval(updates=1)),
+        ("500 updates", Interval(updates=500)),
+        ("90 s", Interval(seconds=90.0)),
+        ("10 min", Interval(seconds=600.0)),
+        ("2 h", Interval(seconds=7200.0)),
+    ],
+)
+def test_an_interval_is_read(text, interval):
+    assert parse_interval(text) == interval
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0 updates", "-1 epoch", "1.5 h", "10 minutes", "epoch", "1  epoch", "5"]
+)
+def test_what_is_no_interval_is_refused(text):
+    with pytest.raises(ValueError, match="must be a time such as"):
+        parse_interval(text)
+
+
+def test_a_cut_every_so_many_updates_counts_on_over_epochs():
+    p = policy(Interval(updates=2))
+    assert decisions(p, 0) == {7: SAVE}, "updates close after microbatches 3, 7 and 9"
+    assert decisions(p, 1) == {3: SAVE, 9: SAVE}
+    assert decisions(p, 2) == {7: SAVE}
+
+
+def test_epochs_are_no_cuts():
+    assert decisions(policy(Interval(epochs=1))) == {}
+
+
+def test_a_cut_by_time_waits_for_an_update_and_counts_from_the_last():
+    clock = Clock()
+    p = policy(Interval(seconds=60.0), clock=clock)
+    p.begin(0)
+    clock.now += 61.0
+    assert [p.decide(m) for m in range(4)] == [0, 0, 0, SAVE]
+    clock.now += 59.0
+    assert [p.decide(m) for m in range(4, 8)] == [0, 0, 0, 0]
+    clock.now += 2.0
+    assert p.decide(9) == SAVE
+
+
+def test_a_stop_waits_for_no_update():
+    asked = []
+    p = policy(signalled=lambda: bool(asked))
+    assert p.decide(0) == 0
+    asked.append(1)
+    assert p.decide(1) == SAVE | STOP
+
+
+def test_a_notice_file_stops(tmp_path):
+    clock, notice = Clock(), tmp_path / "notice"
+    p = policy(clock=clock, notice=notice)
+    assert p.decide(0) == 0
+    notice.touch()
+    assert p.decide(1) == 0, "files are looked at twice a second at most"
+    clock.now += 1.0
+    assert p.decide(2) == SAVE | STOP
+    assert str(notice) in p._stops.cause
+
+
+def test_another_process_tells_the_first_of_its_signal():
+    board, clock = Board(), Clock()
+    first = stops(board, clock)
+    other = stops(board, clock, signalled=lambda: True, is_first=False)
+    assert not first.look()
+    assert other.look()
+    clock.now += 1.0
+    assert first.look()
+    assert first.cause == "a signal"
+
+
+def lists(replicas_policies, until=ROWS):
+    """Run the first stages of replicas side by side, in the order that updates force; return their cuts."""
+    found = [{} for _ in replicas_policies]
+    for p in replicas_policies:
+        p.begin(0)
+    for first in range(0, until, K):
+        group = range(first, min(first + K, until))
+        for p, cuts in zip(replicas_policies, found, strict=True):
+            cuts |= {m: flags for m in group if (flags := p.decide(m))}
+        for p in replicas_policies:
+            p.before_update(group[-1])
+        for p in replicas_policies:
+            p.after_update(group[-1])
+    return found
+
+
+def test_replicas_cut_at_the_same_rows_by_a_clock_that_only_the_first_has():
+    board, clock = Board(), Clock()
+    both = [
+        policy(Interval(seconds=60.0), replica=r, replicas=2, board=board, clock=clock if r == 0 else Clock())
+        for r in range(2)
+    ]
+    clock.now += 100.0
+    first, second = lists(both)
+    assert first == second == {4: SAVE}
+
+
+def test_replicas_stop_together_and_only_once():
+    board, clock = Board(), Clock()
+    both = [
+        policy(replica=r, replicas=2, board=board, clock=clock, signalled=lambda r=r: r == 0)
+        for r in range(2)
+    ]
+    assert lists(both) == [{4: SAVE | STOP}] * 2
+
+
+def test_replicas_are_not_cut_in_the_last_group_where_they_may_differ():
+    both = [policy(Interval(updates=1), replica=r, replicas=2) for r in range(2)]
+    assert [decisions(p) for p in both] == [{3: SAVE, 7: SAVE}] * 2
