@@ -19,6 +19,7 @@ from petractl.build.measured import MEASURED_BALANCES
 from petractl.errors import Problem, RecipeError, UserError
 from petractl.recipe.checks import idle_keys
 from petractl.recipe.find import find_recipe
+from petractl.recipe.flatten import flattened
 from petractl.recipe.load import LoadedRecipe
 from petractl.recipe.render import toml_value
 from petractl.recipe.schema import SECTIONS, Recipe
@@ -254,12 +255,6 @@ def differences(
     return [
         (key, toml_value(here[key]), toml_value(there[key])) for key in compared if here[key] != there[key]
     ]
-
-
-def flattened(recipe: Recipe) -> dict[str, Any]:
-    """Return every key as `section.key`, with its value as JSON has it."""
-    values = recipe.model_dump(mode="json")
-    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
 
 
 def _open_keys(loaded: LoadedRecipe) -> tuple[str, ...]:

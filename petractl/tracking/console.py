@@ -39,6 +39,7 @@ from petractl.events import (
 from petractl.tracking import report
 from petractl.tracking.journal import JOURNAL_NAME
 from petractl.tracking.plots import CURVES_NAME
+from petractl.tracking.terminal import harmless
 
 TIMELINE_NAME = "plots/timeline.png"  # of a run with a trace
 
@@ -84,6 +85,7 @@ class ConsoleListener:
         self._last: Evaluated | None = None
         self._checkpoints: dict[str, CheckpointSaved] = {}
         self._finished: RunFinished | None = None
+        self._failed: RunFailed | None = None
 
     def handle(self, event: Event, record: dict[str, object]) -> None:
         """Show one event."""
@@ -127,23 +129,32 @@ class ConsoleListener:
                 self._finished = event
             case RunInterrupted():
                 self._end_progress()
-                self._say(self._interrupted(event.epoch), style="bold")
+                self._say(self._interrupted(event), style="bold")
                 self._say(f"hint: continue with: {event.resume_command}")
             case RunFailed():
-                self._end_progress()  # the message is the command's to tell, with the exit code
+                self._end_progress()
+                self._failed = event  # the message is the command's to tell, with the exit code
 
-    def _interrupted(self, epoch: int) -> str:
-        last = self._checkpoints.get("last")
-        saved = last.epoch if last else self._started and self._started.resumed_from_epoch
-        where = f"the checkpoint of epoch {saved} stands" if saved else "no epoch was saved yet"
-        return f"interrupted in epoch {epoch}; {where}"
+    def _interrupted(self, event: RunInterrupted) -> str:
+        by = f" by {event.cause}" if event.cause else ""
+        if event.epoch == 1 and event.microbatch is None:
+            return f"interrupted{by}; nothing was saved yet"
+        return f"interrupted{by}; it goes on after {report.moment(event.epoch - 1, event.microbatch)}"
+
+    def tell_waiting(self, line: str) -> None:
+        """Tell what the end of the run waits for; before it why it failed, which its command tells later."""
+        if self._failed is not None:
+            cause, _, _ = self._failed.message.partition("\n")
+            self._say(f"failed: {cause}", style="bold")
+            self._failed = None
+        self._say(line)
 
     def close(self) -> None:
         """Leave the terminal as it was and print the summary of a finished run on stdout."""
         self._end_progress()
         if self._finished is not None:
             out = self._out or sys.stdout
-            out.write("\n".join(self._summary(self._finished)) + "\n")
+            out.write(harmless("\n".join(self._summary(self._finished)) + "\n"))
             out.flush()
 
     @property
@@ -152,7 +163,7 @@ class ConsoleListener:
 
     def _say(self, line: str, *, style: str = "") -> None:
         console = self._progress.console if self._progress else self._err
-        console.print(Text(line, style=style), soft_wrap=True)
+        console.print(Text(harmless(line), style=style), soft_wrap=True)
 
     def _show_plan(self, plan: PlanMade) -> None:
         header, rows = report.stage_table(plan)
@@ -243,7 +254,7 @@ class ConsoleListener:
         proof = self._counts.proof()
         resumed = self._started.resumed_from_epoch if self._started else None
         if proof and resumed is not None:
-            proof += f" (since epoch {resumed})"
+            proof += f" (since epoch {resumed})" if resumed else ""
         facts = (("counts", proof), ("stages", self._measures.summary()))
         return [(label, text) for label, text in facts if text]
 

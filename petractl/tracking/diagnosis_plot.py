@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from petractl.events import Event, GradientsDiagnosed, RunFailed, RunFinished, RunInterrupted, RunStarted
 from petractl.tracking.journal import read_journal
+from petractl.tracking.terminal import harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,6 +95,7 @@ def diagnoses_of(records: Iterable[dict[str, object]]) -> Diagnoses:
     for record in records:
         if record["event"] == RunStarted.name:
             title = f"{record['recipe_name']}: {record['model']} on {record['dataset']} by {record['method']}"
+            title = harmless(title)
         elif record["event"] == GradientsDiagnosed.name:
             found.setdefault(_whole(record["microbatch"]), {})[_whole(record["stage"])] = record
     places = sorted(found)

@@ -1,39 +1,88 @@
 """The journal: `metrics.jsonl` in the run folder, one JSON object per event.
 
 It is always written and is the source of everything said later about the run (curves, `compare`, MLflow),
-so it must survive what ends a run: each event is flushed to the system before the next, a resumed run
+so it must survive what ends a run: each event is handed to the system before the next, a resumed run
 continues the same file, and a last line that a crash cut short is removed on resuming and skipped on
-reading. JSON has no numbers for "not a number" and the infinities; they are written as the strings "NaN",
-"Infinity" and "-Infinity", which `float` reads.
+reading. Events for which the disk has no room are kept, and written with the first one for which it has.
+JSON has no numbers for "not a number" and the infinities; they are written as the strings "NaN", "Infinity"
+and "-Infinity", which `float` reads. Credentials, in an error's message for one, are masked.
 """
 
+import contextlib
 import json
+import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from petractl.errors import DataError
+from petractl.errors import DataError, RunError
 from petractl.events import Event
+from petractl.tracking.masking import mask_credentials
 
 JOURNAL_NAME = "metrics.jsonl"
 
+_logger = logging.getLogger(__name__)
+
 
 class Journal:
-    """The listener that appends every event to the journal of a run folder."""
+    """The listener that appends every event to the journal of a run folder.
 
-    def __init__(self, run_dir: Path) -> None:
+    `on_warning(message, hint)` is called once when the disk refuses an event; it may emit on the bus. What
+    cannot be written until the end is lost, and `close` raises what the disk says.
+    """
+
+    def __init__(self, run_dir: Path, *, on_warning: Callable[[str, str], None] | None = None) -> None:
+        """Open the journal, and mend its end.
+
+        Raises:
+            RunError: it cannot be written.
+        """
         self.path = run_dir / JOURNAL_NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _repair_end(self.path)
-        self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        self._on_warning = on_warning or _warn
+        self._warned = False
+        self._waiting = b""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _repair_end(self.path)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise RunError(
+                f"the journal cannot be written: {error.strerror or error}",
+                where=str(self.path),
+                hint="make room, or let it be written; checkpoints are intact",
+            ) from error
 
     def handle(self, event: Event, record: dict[str, object]) -> None:
-        """Append one event and hand it to the system."""
-        self._file.write(encode_record(record) + "\n")
-        self._file.flush()
+        """Append one event and hand it to the system; if it does not fit, keep it for the next time."""
+        self._waiting += encode_record(record).encode() + b"\n"
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self._on_warning(
+                    f"{self.path} cannot be written: {error.strerror or error}",
+                    "make room: what is missing from the journal is kept, and written when there is some",
+                )
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what has waited for room, and close the file.
+
+        Raises:
+            OSError: there is none.
+        """
+        with contextlib.closing(self._file):
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            written = self._file.write(self._waiting)
+            # What a full disk has taken of a line stays: the rest follows when there is room.
+            self._waiting = self._waiting[written or 0 :]
+
+
+def _warn(message: str, hint: str) -> None:
+    _logger.warning("%s (hint: %s)", message, hint)
 
 
 def encode_record(record: dict[str, object]) -> str:
@@ -93,6 +142,8 @@ def _decode(line: bytes) -> dict[str, object] | None:
 def _plain(value: object) -> object:
     if not isinstance(value, str | int | float | dict | list | tuple | None):
         value = value.item() if hasattr(value, "item") else str(value)  # numpy's and torch's scalars; paths
+    if isinstance(value, str):
+        return mask_credentials(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):

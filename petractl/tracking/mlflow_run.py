@@ -1,14 +1,16 @@
-"""One run as MLflow stores it: what is sent, under which names, and how a store is opened.
+"""One run as MLflow stores it: what is sent, and how a store is opened.
 
 Everything sent comes from the run folder: metrics from the journal, the recipe and the curves from their
-files. So sending is safe to repeat (MLflow keeps one of two equal metric values), a resumed run continues
-its MLflow run, whose id lies in the run folder, and what a server missed can be sent later. mlflow is
-imported when a run is opened: it takes more than a second.
+files. So what a server missed can be sent later, and a resumed run continues its MLflow run: the one whose id
+lies in the run folder or, where that could not be written or the server's answer never came, the one that
+has the journal's first line as its tag. What may have arrived is asked for before anything is sent again.
+mlflow is imported when a run is opened: it takes more than a second.
 """
 
+import contextlib
+import hashlib
 import os
 import re
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -19,61 +21,36 @@ from pathlib import Path
 from typing import Any
 
 from petractl import __version__
-from petractl.events import (
-    EpochTrained,
-    Evaluated,
-    GradientsDiagnosed,
-    PlanMade,
-    RunFailed,
-    RunFinished,
-    RunInterrupted,
-    RunStarted,
-    SamplesSkipped,
-    StageMeasured,
-    StepsDone,
-)
+from petractl.events import PlanMade
+from petractl.tracking.journal import JOURNAL_NAME
 from petractl.tracking.masking import mask_credentials
+from petractl.tracking.mlflow_held import HeldMetrics
+from petractl.tracking.mlflow_metrics import (
+    MetricPoint,
+    metric_points,
+    mlflow_name,
+    plan_parameters,
+    record_time_ms,
+)
 
 RUN_ID_NAME = "mlflow_run_id"
+IDENTITY_TAG = "petractl.run"
 
 _TEXT_ARTIFACTS = ("recipe.toml", "resolved.toml", "environment.json")
 _PARENT_TAG = "mlflow.parentRunId"
 _METRICS_PER_REQUEST = 1000  # MLflow's limits
 _LONGEST = 6000  # characters of a parameter's value that MLflow keeps
 _ITEMS_PER_REQUEST = 100
-_PLAN_PARAMETERS = (
-    "microbatch_size",
-    "accumulation",
-    "samples_per_update",
-    "parameters",
-    "schedule",
-    "method",
-    "precision",
-    "device",
-    "threads",
-    "replicas",
-    "processes",
-    "backend",
-)
-_DIAGNOSED = (
-    "cosine",
-    "norm_ratio",
-    "cosine_forward",
-    "norm_ratio_forward",
-    "delayed_cosine",
-    "delayed_norm_ratio",
-    "guess_cosine",
-    "guess_norm_ratio",
-    "reconstruction_error",
-)
-_STATUS = {RunFinished.name: "FINISHED", RunInterrupted.name: "KILLED"}
+_FIRST_LINE_BYTES = 65536
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True, slots=True)
 class TrackingSettings:
     """Where a run goes in MLflow, as plain strings so that it can be handed to another process.
 
-    `artifact_root` is the folder for files when `uri` is a database; a server decides for itself.
+    `artifact_root` is the folder for files when `uri` is a database; a server decides for itself. `is_live`
+    is false for a run that has ended and is sent late.
     """
 
     run_dir: str
@@ -82,19 +59,7 @@ class TrackingSettings:
     experiment: str
     run_name: str
     parameters: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class MetricPoint:
-    """One value of one metric; `time_ms` is since 1970.
-
-    `step` is the epoch; under "steps/" and "diagnosis/" it is the update.
-    """
-
-    key: str
-    value: float
-    step: int
-    time_ms: int
+    is_live: bool = True
 
 
 class MlflowRun:
@@ -106,9 +71,18 @@ class MlflowRun:
         self._progress = progress
         self._client: Any = None
         self._run_id = ""
+        self._identity = ""
         self._known: dict[str, str] = {}  # the parameters that the run has
+        self._held: HeldMetrics | None = None
+        self.num_sent = 0
+        """Values that the store has confirmed."""
 
-    def open(self) -> None:
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; "" while it is not open."""
+        return self._run_id
+
+    def open(self, *, start_ms: int | None = None) -> None:
         """Find or create experiment and run, and log the parameters. Does nothing when it is already open."""
         if self._run_id:
             return
@@ -118,40 +92,54 @@ class MlflowRun:
             self._progress()
             create_sqlite_store(self._settings.uri)
             self._client = MlflowClient(tracking_uri=self._settings.uri)
-        run_id = self._continued_run() or self._new_run()
+        # Kept over failures: a run whose making was not confirmed is found again by it.
+        self._identity = self._identity or run_identity(self._run_dir) or uuid.uuid4().hex
+        run_id = self._continued_run() or self._new_run(start_ms)
         self._progress()
-        (self._run_dir / RUN_ID_NAME).write_text(run_id + "\n", encoding="ascii")
+        with contextlib.suppress(OSError):  # on a full disk; it is found by its tag then
+            (self._run_dir / RUN_ID_NAME).write_text(run_id + "\n", encoding="ascii")
         self._log_parameters(run_id, self._settings.parameters)
         self._run_id = run_id
 
     def send(self, records: Sequence[dict[str, object]]) -> None:
-        """Send what MLflow should know of the journal's records."""
+        """Send what MLflow should know of the journal's records, and does not hold yet."""
+        self.open(start_ms=record_time_ms(records[0]) if records else None)
+        for record in records:
+            if record.get("event") == PlanMade.name:
+                self._log_parameters(self._run_id, plan_parameters(record))
+        assert self._held is not None, "an open run has it"
+        points = self._held.missing(point for record in records for point in metric_points(record))
+        for chunk in _chunks(points, _METRICS_PER_REQUEST):
+            self._send_points(chunk)
+
+    def _send_points(self, points: Sequence[MetricPoint]) -> None:
         from mlflow.entities import Metric
 
-        self.open()
-        for record in records:
-            if record["event"] == PlanMade.name:
-                self._log_parameters(self._run_id, plan_parameters(record))
-        points = [
-            Metric(p.key, p.value, p.time_ms, p.step) for record in records for p in metric_points(record)
-        ]
-        for chunk in _chunks(points, _METRICS_PER_REQUEST):
-            self._client.log_batch(self._run_id, metrics=chunk)
-            self._progress()
+        assert self._held is not None, "an open run has it"
+        try:
+            self._client.log_batch(
+                self._run_id, metrics=[Metric(p.key, p.value, p.time_ms, p.step) for p in points]
+            )
+        except Exception:
+            self._held.doubt()
+            raise
+        self._held.add(points)
+        self.num_sent += len(points)
+        self._progress()
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, *, end_ms: int | None = None) -> None:
         """Send recipe, environment and plots, then set the status: FINISHED, FAILED or KILLED."""
         self.open()
         for name in _TEXT_ARTIFACTS:
             path = self._run_dir / name
             if path.is_file():
-                text = mask_credentials(path.read_text(encoding="utf-8"))
+                text = mask_credentials(path.read_text(encoding="utf-8", errors="replace"))
                 self._client.log_text(self._run_id, text, name)
                 self._progress()
         for path in sorted((self._run_dir / "plots").glob("*.png")):
             self._client.log_artifact(self._run_id, str(path), "plots")
             self._progress()
-        self._client.set_terminated(self._run_id, status=status)
+        self._client.set_terminated(self._run_id, status=status, end_time=end_ms)
 
     def nest(self, run_id: str) -> None:
         """Show another run of the same store below this one; one that is not there is left out."""
@@ -177,34 +165,62 @@ class MlflowRun:
             self._progress()
 
     def _continued_run(self) -> str:
-        """Return the id of the run that this folder has so far, set to running again; "" if there is none."""
+        """Return the id of the run that this folder has so far, running again; "" if there is none."""
+        run = self._named_run() or self._tagged_run()
+        if run is None:
+            return ""
+        run_id = str(run.info.run_id)
+        self._known = dict(run.data.params)
+        self._held = HeldMetrics(self._client, run_id, new=False)
+        if self._settings.is_live:
+            self._client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def _named_run(self) -> Any:
+        """Return the run whose id lies in the run folder; None if it is not in this store, or was deleted."""
         from mlflow.exceptions import MlflowException
 
-        path = self._run_dir / RUN_ID_NAME
-        if not path.is_file():
-            return ""
         try:
-            run = self._client.get_run(path.read_text(encoding="ascii").strip())
+            text = (self._run_dir / RUN_ID_NAME).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if not re.fullmatch(r"\w{1,64}", text):
+            return None  # cut short
+        try:
+            run = self._client.get_run(text)
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return ""  # the folder was tracked elsewhere before
+            if error.error_code in _GONE:
+                return None  # the folder was tracked elsewhere before
             raise
-        if run.info.lifecycle_stage != "active":
-            return ""  # deleted by someone
-        self._known = dict(run.data.params)
-        self._client.update_run(run.info.run_id, status="RUNNING")
-        return str(run.info.run_id)
+        return run if run.info.lifecycle_stage == "active" else None
 
-    def _new_run(self) -> str:
+    def _tagged_run(self) -> Any:
+        """Return the run that was made for this folder although nobody heard of it; None if there is none."""
+        experiment = self._client.get_experiment_by_name(self._settings.experiment)
+        if experiment is None or not self._identity:
+            return None
+        found = self._client.search_runs(
+            [experiment.experiment_id],
+            filter_string=f"tags.`{IDENTITY_TAG}` = '{self._identity}'",
+            max_results=1,
+        )
+        return found[0] if found else None
+
+    def _new_run(self, start_ms: int | None) -> str:
         tags = {
             "mlflow.source.name": "petractl",
             "petractl.version": __version__,
             "petractl.run_dir": str(self._run_dir),
+            IDENTITY_TAG: self._identity,
         }
         name = self._settings.run_name or self._run_dir.name
-        run = self._client.create_run(self._experiment_id(), run_name=name, tags=tags)
+        run = self._client.create_run(
+            self._experiment_id(), start_time=start_ms or round(1000 * time.time()), run_name=name, tags=tags
+        )
+        run_id = str(run.info.run_id)
         self._known = {}
-        return str(run.info.run_id)
+        self._held = HeldMetrics(self._client, run_id, new=True)
+        return run_id
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -238,71 +254,14 @@ class MlflowRun:
         self._known |= new
 
 
-def metric_points(record: dict[str, object]) -> list[MetricPoint]:
-    """Return the metrics in one record of the journal; most records hold none."""
-    step, values = _metrics(record)
-    time_ms = round(1000 * _number(record["time"]))
-    return [
-        MetricPoint(mlflow_name(key), _number(value), step, time_ms)
-        for key, value in values.items()
-        if value is not None
-    ]
-
-
-def _metrics(record: dict[str, object]) -> tuple[int, dict[str, object]]:
-    match record:
-        case {"event": EpochTrained.name, "epoch": int(epoch)}:
-            values = {f"train/{key}": record[key] for key in ("loss", "top1", "seconds")}
-            others = ("images_per_s", "lr", "update", "data_wait_percent")
-            return epoch, values | {key: record[key] for key in others}
-        case {"event": StepsDone.name, "update": int(update)}:
-            return update, {"steps/data_wait_percent": record.get("data_wait_percent")}
-        case {"event": SamplesSkipped.name, "epoch": int(epoch)}:
-            return epoch, {"samples_skipped": record["count"]}
-        case {"event": Evaluated.name, "epoch": int(epoch)}:
-            return epoch, {f"{record['split']}/{key}": record[key] for key in ("loss", "top1", "top5")}
-        case {"event": StageMeasured.name, "epoch": int(epoch), "stage": int(), "replica": int()}:
-            return epoch, _stage_metrics(record)
-        case {"event": GradientsDiagnosed.name, "update": int(update), "stage": int(stage)}:
-            return update, {f"diagnosis/{key}/stage_{stage:02d}": record[key] for key in _DIAGNOSED}
-        case {"event": PlanMade.name, "stages": list(stages)}:
-            return 0, {f"staleness_updates/stage_{s['index']:02d}": s["staleness_updates"] for s in stages}
-        case {"event": RunFinished.name, "epochs": int(epochs)}:
-            keys = ("best_top1", "best_epoch", "peak_memory_bytes")
-            return epochs, {key: record[key] for key in keys} | {"run_seconds": record["seconds"]}
-    return 0, {}
-
-
-def _stage_metrics(record: dict[str, object]) -> dict[str, object]:
-    stage = f"stage_{record['stage']:02d}" + (f"_replica_{record['replica']}" if record["replica"] else "")
-    sent = [record[f"bytes_sent_{direction}"] for direction in ("forward", "backward")]
-    known = [_number(count) for count in sent if count is not None]
-    values = {key: record[key] for key in ("idle_percent", "wait_forward_percent", "wait_backward_percent")}
-    values |= {
-        "bytes_sent": sum(known) if known else None,
-        "staleness_measured": record["staleness_updates"],
-    }
-    return {f"{key}/{stage}": value for key, value in values.items()}
-
-
-def plan_parameters(record: dict[str, object]) -> dict[str, str]:
-    """Return the parameters that the plan adds to the recipe's; an older journal's plan has fewer."""
-    stages = record["stages"]
-    count = len(stages) if isinstance(stages, list) else 0
-    values = {f"plan.{key}": str(record[key]) for key in _PLAN_PARAMETERS if key in record}
-    return values | {"plan.stages": str(count)}
-
-
-def final_status(records: Iterable[dict[str, object]]) -> str:
-    """Return MLflow's status for a run: FINISHED, KILLED or FAILED (also for one without an end)."""
-    ends = (RunStarted.name, RunFinished.name, RunInterrupted.name, RunFailed.name)
-    last = [record["event"] for record in records if record["event"] in ends][-1:]
-    return _STATUS.get(str(last[0]), "FAILED") if last else "FAILED"
-
-
-def mlflow_name(name: str) -> str:
-    """Return a name that MLflow accepts: it refuses brackets and percent signs, among others."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+def run_identity(run_dir: Path) -> str:
+    """Return what tells a run from all others: a digest of its journal's first line; "" if there is none."""
+    try:
+        with (run_dir / JOURNAL_NAME).open("rb") as file:
+            line = file.readline(_FIRST_LINE_BYTES)
+    except OSError:
+        return ""
+    return hashlib.sha256(line).hexdigest()[:32] if line.endswith(b"\n") else ""
 
 
 def create_sqlite_store(uri: str) -> None:
@@ -321,16 +280,21 @@ def create_sqlite_store(uri: str) -> None:
         made = Path(folder) / "mlflow.db"
         MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
         complete = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        _copy_database(made, complete)
+        try:
+            _copy_database(made, complete)
+            _put_in_place(complete, path)
+        finally:
+            complete.unlink(missing_ok=True)  # of a full disk too
+
+
+def _put_in_place(complete: Path, path: Path) -> None:
     try:
         os.link(complete, path)  # unlike a rename it fails where another run was faster
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links
         if not path.exists():
-            shutil.copyfile(complete, path)
-    finally:
-        complete.unlink()
+            complete.rename(path)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -350,7 +314,3 @@ def _copy_database(source: Path, target: Path) -> None:
 
 def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, str | int | float) else float("nan")

@@ -7,44 +7,21 @@ everything anyway and so is the queue in between. This listener only starts that
 warning (one, whatever goes wrong) and, at the end, waits for it as long as it gets on, within limits.
 """
 
-import contextlib
-import json
 import logging
-import os
-import select
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
-from petractl.events import Event
+from petractl.events import Event, RunInterrupted
 from petractl.tracking.journal import JOURNAL_NAME
 from petractl.tracking.masking import mask_credentials
+from petractl.tracking.mlflow_process import LOG_NAME, RUN_WORKER, WorkerProcess
 from petractl.tracking.mlflow_run import TrackingSettings, sqlite_path
 
-LOG_NAME = "logs/mlflow.log"
-
-_RUN_WORKER = "petractl.tracking.mlflow_worker"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _SERVERS = ("http", "https", "databricks")
-# What the user has set in these wins over what is set here.
-_PREFERRED_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds; 120 otherwise
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the worker tries again by itself
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-_ENVIRONMENT = {
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONUNBUFFERED": "1",
-}
+_QUIET_S = 1.0  # of waiting at the end, before a word about it
 
 _logger = logging.getLogger(__name__)
 
@@ -80,17 +57,47 @@ def how_to_look(uri: str) -> str:
     return mask_credentials(uri)
 
 
+def tracking_settings(
+    run_dir: Path,
+    *,
+    uri: str,
+    experiment: str,
+    run_name: str,
+    parameters: Mapping[str, str],
+    is_live: bool = True,
+) -> TrackingSettings:
+    """Return where a run goes; `uri` is what `tracking_uri` gave. Files lie beside a database."""
+    path = sqlite_path(uri)
+    is_database = uri.partition(":")[0].split("+")[0] in _DATABASES
+    beside = path.parent if path is not None else run_dir.parent
+    return TrackingSettings(
+        run_dir=str(run_dir.absolute()),
+        uri=uri,
+        artifact_root=str((beside / "mlartifacts").absolute()) if is_database else "",
+        experiment=experiment,
+        run_name=run_name,
+        parameters=dict(parameters),
+        is_live=is_live,
+    )
+
+
 def _warn(message: str, hint: str) -> None:
     _logger.warning("%s (hint: %s)", message, hint)
+
+
+def _tell(line: str) -> None:
+    _logger.info("%s", line)
 
 
 class MlflowTracker:
     """The listener that has a run sent to MLflow by a process of its own.
 
     `uri` is what `tracking_uri` gave; `parameters` is the resolved recipe, flattened. `on_warning(message,
-    hint)` is called at most once; it may emit on the bus. `close` waits for what is still to be sent while
-    the process gets on: for `close_wait_s` seconds in all and, on a server, for no more than `stall_s`
-    seconds without progress. `worker` is the module that the process runs; a sweep has one of its own.
+    hint)` is called at most once; it may emit on the bus. `on_notice(line)` is told that the end of the run
+    waits, and what was left. `close` waits for what is still to be sent while the process gets on: for
+    `close_wait_s` seconds in all (`interrupted_wait_s` where the machine may soon be gone) and, on a server,
+    for no more than `stall_s` seconds without progress. `worker` is the module that the process runs; a sweep
+    has one of its own.
     """
 
     def __init__(
@@ -102,62 +109,83 @@ class MlflowTracker:
         run_name: str = "",
         parameters: Mapping[str, str] | None = None,
         on_warning: Callable[[str, str], None] = _warn,
+        on_notice: Callable[[str], None] = _tell,
         close_wait_s: float = 30.0,
+        interrupted_wait_s: float = 10.0,
         stall_s: float = 5.0,
-        worker: str = _RUN_WORKER,
+        worker: str = RUN_WORKER,
     ) -> None:
-        path = sqlite_path(uri)
-        is_database = uri.partition(":")[0].split("+")[0] in _DATABASES
-        beside = path.parent if path is not None else run_dir.parent
-        self._settings = TrackingSettings(
-            run_dir=str(run_dir.absolute()),
-            uri=uri,
-            artifact_root=str((beside / "mlartifacts").absolute()) if is_database else "",
-            experiment=experiment,
-            run_name=run_name,
-            parameters=dict(parameters or {}),
+        self._settings = tracking_settings(
+            run_dir, uri=uri, experiment=experiment, run_name=run_name, parameters=parameters or {}
         )
         self._on_warning = on_warning
+        self._on_notice = on_notice
         self._close_wait_s = close_wait_s
+        self._interrupted_wait_s = interrupted_wait_s
         # A file does not hang; making a store is one long step, and must not be given up in the middle.
-        self._stall_s = stall_s if path is None else close_wait_s
+        self._stall_s = stall_s if sqlite_path(uri) is None else close_wait_s
         self._module = worker
-        self._worker: _Worker | None = None
+        self._worker: WorkerProcess | None = None
         self._warned = False
+        self._switched_off = False
         self._done = False
 
     def handle(self, event: Event, record: dict[str, object]) -> None:
         """Start the process at the first event; pass on its warning, if it has one."""
+        if isinstance(event, RunInterrupted):
+            self._close_wait_s = min(self._close_wait_s, self._interrupted_wait_s)
         self.look()
 
     def look(self) -> None:
         """Start the process if there is none yet; pass on its warning, if it has one."""
+        if self._switched_off:
+            return
         if self._worker is None:
-            problem = tracking_problem(self._settings.uri)
-            if problem:
-                self._warn_once(problem)
-                return
-            self._worker = _Worker(self._settings, self._module)
-        self._take_reports(self._worker.reports(0.0))
+            self._start()
+        if self._worker is not None:
+            self._take_reports(self._worker.reports(0.0))
+
+    def _start(self) -> None:
+        problem = tracking_problem(self._settings.uri)
+        try:
+            if not problem:
+                self._worker = WorkerProcess(self._settings, self._module)
+        except OSError as error:  # a full disk, no more processes
+            problem = f"its process cannot be started: {error.strerror or error}"
+        if problem:
+            self._switched_off = True
+            self._warn_once(problem)
 
     def close(self) -> None:
         """Wait, within limits, until everything is sent; then end the process."""
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        worker.ask_to_close()
-        start_s = last_s = time.monotonic()
-        while not worker.ended:
-            limit_s = min(start_s + self._close_wait_s, last_s + self._stall_s)
-            wait_s = limit_s - time.monotonic()
-            if wait_s <= 0.0:
-                break
-            if self._take_reports(worker.reports(wait_s)):
-                last_s = time.monotonic()
-        worker.end()
+        self._switched_off = True  # a warning told from here on is an event too
+        start_s = time.monotonic()
+        try:
+            worker.ask_to_close()
+            self._wait(worker, start_s)
+        finally:
+            worker.end()
         if not self._done:
             waited = f"not everything was sent within {time.monotonic() - start_s:.1f} s of the end"
-            self._warn_once("its process ended early" if worker.ended else waited)
+            self._tell_left("its process ended early" if worker.ended else waited)
+
+    def _wait(self, worker: WorkerProcess, start_s: float) -> None:
+        last_s, told = start_s, False
+        while not worker.ended:
+            now_s = time.monotonic()
+            limit_s = min(start_s + self._close_wait_s, last_s + self._stall_s)
+            if now_s >= limit_s:
+                return
+            if not told and now_s >= start_s + _QUIET_S:
+                told = True
+                self._on_notice(f"waiting for MLflow, {self._close_wait_s:.0f} s at most")
+            if self._take_reports(
+                worker.reports(limit_s - now_s if told else min(limit_s - now_s, _QUIET_S))
+            ):
+                last_s = time.monotonic()
 
     def _take_reports(self, reports: list[dict[str, str]]) -> bool:
         """Return whether there was progress."""
@@ -170,72 +198,21 @@ class MlflowTracker:
                 self._done = self._done or report["kind"] == "done"
         return progress
 
+    def _tell_left(self, reason: str) -> None:
+        """Tell that something was left, in one warning; where there was one before, in a line."""
+        if self._warned:
+            self._on_notice(f"MLflow: {reason}; later: {self._later()}")
+        self._warn_once(reason)
+
     def _warn_once(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
             journal = Path(self._settings.run_dir) / JOURNAL_NAME
             self._on_warning(
                 f"MLflow at {mask_credentials(self._settings.uri)}: {reason}",
-                f"the run is not affected; {journal} holds everything, {LOG_NAME} says more",
+                f"the run is not affected; {journal} holds everything, {LOG_NAME} says more; "
+                f"what is missing in the end is sent by: {self._later()}",
             )
 
-
-class _Worker:
-    """The other process, its command pipe and its reports."""
-
-    def __init__(self, settings: TrackingSettings, module: str) -> None:
-        log = Path(settings.run_dir) / LOG_NAME
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=_worker_environment(),
-                start_new_session=True,  # Ctrl-C is for the run, which then closes this in order
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._commands, self._reports = self._process.stdin, self._process.stdout
-        os.set_blocking(self._reports.fileno(), False)
-        self._rest = b""
-        self.ended = False
-        self._command(json.dumps(asdict(settings)))
-
-    def reports(self, wait_s: float) -> list[dict[str, str]]:
-        """Return the reports that have come, waiting at most so long for the first."""
-        if self.ended or (wait_s > 0.0 and not select.select([self._reports], [], [], wait_s)[0]):
-            return []
-        try:
-            data = os.read(self._reports.fileno(), 65536)
-        except BlockingIOError:
-            return []
-        self.ended = not data
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def ask_to_close(self) -> None:
-        """Say that the run is over. In words: a forked data worker may hold a copy of the pipe's end."""
-        self._command("close")
-
-    def end(self) -> None:
-        """Make sure that the process is gone, and free what it used."""
-        if not self.ended:
-            self._process.kill()
-        self._process.wait()
-        self._reports.close()
-        with contextlib.suppress(BrokenPipeError):
-            self._commands.close()
-
-    def _command(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it is gone; its last report, or the lack of one, says so
-            self._commands.write(line.encode() + b"\n")
-            self._commands.flush()
-
-
-def _worker_environment() -> dict[str, str]:
-    # -P keeps the working directory off the path, so the package's own place has to be on it.
-    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(place for place in places if place)
-    return _PREFERRED_ENVIRONMENT | os.environ | _ENVIRONMENT | {"PYTHONPATH": path}
+    def _later(self) -> str:
+        return f"petractl sync {shlex.quote(self._settings.run_dir)}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from petractl.events import EpochTrained, Evaluated, Event, RunFailed, RunFinished, RunInterrupted, RunStarted
 from petractl.tracking.journal import read_journal
+from petractl.tracking.terminal import harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,6 +89,7 @@ def curves_of(records: Iterable[dict[str, object]]) -> Curves:
     for record in records:
         if record["event"] == RunStarted.name:
             title = f"{record['recipe_name']}: {record['model']} on {record['dataset']} by {record['method']}"
+            title = harmless(title)
         elif record["event"] == EpochTrained.name:
             trained[_epoch(record)] = record
         elif record["event"] == Evaluated.name:

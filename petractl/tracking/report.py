@@ -36,11 +36,18 @@ TEXT_COLUMNS = ("units", "keeps", DEVICE_COLUMN)  # the others are numbers, alig
 NARROW_COLUMNS = ("stage", "units", "keeps", "W lookahead", DEVICE_COLUMN)  # for a narrow terminal
 
 
+def moment(epochs: int, microbatches: int | None) -> str:
+    """Return a place in training: so many whole epochs, and microbatches of the next one."""
+    if microbatches:
+        return f"microbatch {microbatches} of epoch {epochs + 1}"
+    return f"epoch {epochs}"
+
+
 def title_line(started: RunStarted) -> str:
     """Return what runs: "digits_revnet18: revnet18 on digits by petra"."""
     line = f"{started.recipe_name}: {started.model} on {started.dataset} by {started.method}"
     if started.resumed_from_epoch is not None:
-        line += f", resumed after epoch {started.resumed_from_epoch}"
+        line += f", resumed after {moment(started.resumed_from_epoch, started.resumed_from_microbatch)}"
     return line
 
 

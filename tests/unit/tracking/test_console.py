@@ -154,26 +154,45 @@ def test_warnings_have_their_hint_on_its_own_line(tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_has_no_summary(tmp_path):
-    err, out = show([*make_run(tmp_path), RunInterrupted(3, "petractl resume runs/one")])
+    interrupted = RunInterrupted(3, "petractl resume runs/one", cause="a signal")
+    err, out = show([*make_run(tmp_path), interrupted])
     assert err.endswith(
-        "interrupted in epoch 3; no epoch was saved yet\nhint: continue with: petractl resume runs/one\n"
+        "interrupted by a signal; it goes on after epoch 2\nhint: continue with: petractl resume runs/one\n"
     )
     assert out == ""
 
 
-@pytest.mark.parametrize("saved_by", ["this stretch", "an earlier one"])
-def test_an_interrupted_run_says_what_is_saved(tmp_path, saved_by):
-    interrupted = RunInterrupted(3, "petractl resume runs/one")
-    if saved_by == "this stretch":
-        events = [CheckpointSaved(epoch=2, path="x", best=False, seconds=0.1), interrupted]
-    else:
-        events = [RunStarted("x", "digits", "petra", "revnet18", "digits", 2), interrupted]
-    assert "interrupted in epoch 3; the checkpoint of epoch 2 stands\n" in show(events)[0]
+@pytest.mark.parametrize(
+    ("epoch", "microbatch", "words"),
+    [
+        (1, None, "nothing was saved yet"),
+        (3, None, "it goes on after epoch 2"),
+        (3, 7, "it goes on after microbatch 7 of epoch 3"),
+    ],
+)
+def test_an_interrupted_run_says_where_it_goes_on(epoch, microbatch, words):
+    interrupted = RunInterrupted(epoch, "petractl resume runs/one", microbatch=microbatch)
+    assert f"interrupted; {words}\n" in show([interrupted])[0]
 
 
 def test_what_was_left_out_is_told(tmp_path):
     err, _ = show([*make_run(tmp_path), SamplesSkipped(3, 1, ("a.tar: 7: no label",))])
     assert "epoch 3: 1 bad sample left out\n  a.tar: 7: no label\n" in err
+
+
+def test_what_the_end_waits_for_is_told_after_why_the_run_failed(tmp_path):
+    for events, expected in (
+        ([RunFailed("ValueError: no\nmore")], "failed: ValueError: no\nwaiting\nleft\n"),
+        ([make_end()], "waiting\nleft\n"),
+    ):
+        stderr = io.StringIO()
+        console = ConsoleListener(stderr=stderr, stdout=io.StringIO())
+        for event in [*make_run(tmp_path), *events]:
+            console.handle(event, {})
+        before = len(stderr.getvalue())
+        console.tell_waiting("waiting")
+        console.tell_waiting("left")
+        assert stderr.getvalue()[before:] == expected
 
 
 def test_a_failed_run_has_no_summary(tmp_path):

@@ -15,7 +15,7 @@ from petractl.tracking.diagnosis_plot import (
     plot_diagnoses,
 )
 from petractl.tracking.journal import Journal, read_journal
-from petractl.tracking.mlflow_run import metric_points
+from petractl.tracking.mlflow_metrics import metric_points
 
 
 def diagnosed(stage: int, microbatch: int, *, cosine: float | None = 0.9, **others) -> GradientsDiagnosed:

@@ -1,11 +1,13 @@
+import contextlib
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from petractl.errors import DataError
+from petractl.errors import DataError, RunError
 from petractl.events import EpochTrained, EventBus, RunFailed, as_record
 from petractl.tracking.journal import Journal, JournalTail, encode_record, read_journal
 
@@ -109,3 +111,45 @@ def test_the_tail_gives_each_complete_line_once(tmp_path):
     with path.open("a") as file:
         file.write(line[30:] + "\n")
     assert [record["epoch"] for record in tail.read()] == [2]
+
+
+@contextlib.contextmanager
+def no_room(size: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room_and_told_once(tmp_path):
+    told = []
+    journal = Journal(tmp_path, on_warning=lambda message, hint: told.append(message))
+    events = [trained(epoch) for epoch in range(1, 6)]
+    line = len(encode_record(as_record(events[0], time=0.0))) + 1
+    for event in events[:3]:
+        with no_room(line + line // 2):  # of the second event the half
+            journal.handle(event, as_record(event, time=0.0))
+    assert [record["epoch"] for record in read_journal(tmp_path)] == [1]
+    assert told == [f"{journal.path} cannot be written: File too large"]
+    for event in events[3:]:
+        journal.handle(event, as_record(event, time=0.0))
+    journal.close()
+    assert [record["epoch"] for record in read_journal(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_missing_at_the_end_is_told(tmp_path, caplog):
+    bus = EventBus()
+    bus.subscribe(Journal(tmp_path))
+    with no_room(0):
+        bus.emit(trained(1))
+        bus.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "File too large" in caplog.text
+
+
+def test_a_journal_that_cannot_be_opened_is_one_clear_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match="the journal cannot be written"):
+        Journal(tmp_path)

@@ -1,122 +1,11 @@
-import math
+import hashlib
 import sqlite3
 import threading
-from dataclasses import replace
 
 import pytest
-from tracking_events import make_end, make_measured, make_plan, make_process_plan, make_run
 
-from petractl.events import RunFailed, RunInterrupted, RunStarted, SamplesSkipped, StepsDone, as_record
-from petractl.tracking.mlflow_run import (
-    MetricPoint,
-    create_sqlite_store,
-    final_status,
-    metric_points,
-    mlflow_name,
-    plan_parameters,
-    sqlite_path,
-)
-
-
-def records(events):
-    return [as_record(event, time=float(i)) for i, event in enumerate(events)]
-
-
-def test_metrics_are_named_by_split_and_stepped_by_epoch(tmp_path):
-    points = [p for record in records(make_run(tmp_path, epochs=2)) for p in metric_points(record)]
-    by_key = {(p.key, p.step): p.value for p in points}
-    assert by_key["train/loss", 1] == 1.0
-    assert by_key["train/top1", 2] == 82.0
-    assert by_key["test/top1", 2] == 83.0
-    assert by_key["images_per_s", 2] == 5321.4
-    assert by_key["staleness_updates/stage_00", 0] == 0.5
-    assert "data_wait_percent" not in {p.key for p in points}  # it was not measured
-
-
-def test_what_a_stage_measured_is_named_by_stage_and_replica():
-    points = metric_points(as_record(make_measured(4, 2, idle=12.0), time=0.0))
-    assert {(p.key, p.value) for p in points} == {
-        ("idle_percent/stage_02", 12.0),
-        ("wait_forward_percent/stage_02", 6.0),
-        ("wait_backward_percent/stage_02", 3.0),
-        ("bytes_sent/stage_02", 1.5 * 2**20),
-        ("staleness_measured/stage_02", 0.5),
-    }
-    assert {p.step for p in points} == {4}
-    of_replica = metric_points(as_record(make_measured(4, 12, replica=1), time=0.0))
-    assert of_replica[0].key == "idle_percent/stage_12_replica_1"
-
-
-def test_what_a_stage_did_not_measure_is_no_metric():
-    measured = replace(make_measured(1, 0), idle_percent=None, bytes_sent_forward=None)
-    keys = {p.key: p.value for p in metric_points(as_record(measured, time=0.0))}
-    assert "idle_percent/stage_00" not in keys
-    assert keys["bytes_sent/stage_00"] == 2**19
-    nothing = replace(measured, bytes_sent_backward=None)
-    assert "bytes_sent/stage_00" not in {p.key for p in metric_points(as_record(nothing, time=0.0))}
-
-
-def test_progress_within_an_epoch_is_no_metric():
-    assert metric_points(as_record(StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7), time=0.0)) == []
-    old = as_record(StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7), time=0.0)
-    del old["data_wait_percent"]
-    assert metric_points(old) == []  # of a journal of an earlier version
-
-
-def test_waiting_for_data_is_stepped_by_update_and_what_was_left_out_by_epoch():
-    steps = StepsDone(1, 2, 3, 0.5, 50.0, 9.0, 0.1, 7, data_wait_percent=3.5)
-    (point,) = metric_points(as_record(steps, time=0.0))
-    assert (point.key, point.value, point.step) == ("steps/data_wait_percent", 3.5, 7)
-    (point,) = metric_points(as_record(SamplesSkipped(4, 12, ("a",)), time=0.0))
-    assert (point.key, point.value, point.step) == ("samples_skipped", 12.0, 4)
-
-
-def test_what_was_not_finite_is_sent_as_such():
-    record = records(make_run("x", epochs=1))[3] | {"loss": "NaN", "time": 1.5}
-    point = metric_points(record)[0]
-    assert (point.key, point.step, point.time_ms) == ("train/loss", 1, 1500)
-    assert math.isnan(point.value)
-
-
-def test_the_end_gives_the_best_value():
-    assert MetricPoint("best_top1", 84.0, 3, 0) in metric_points(as_record(make_end(), time=0.0))
-
-
-def test_names_hold_only_what_mlflow_accepts():
-    assert mlflow_name("top-1 (%) at k=2") == "top-1 ___ at k_2"
-    assert mlflow_name("test/top1.x_y: z") == "test/top1.x_y: z"
-
-
-def test_the_plan_adds_parameters():
-    parameters = plan_parameters(as_record(make_plan(), time=0.0))
-    assert parameters["plan.stages"] == "2"
-    assert parameters["plan.samples_per_update"] == "128"
-    of_processes = plan_parameters(as_record(make_process_plan(), time=0.0))
-    assert (of_processes["plan.processes"], of_processes["plan.replicas"]) == ("4", "2")
-    assert of_processes["plan.backend"] == "nccl"
-
-
-def test_the_plan_of_an_older_journal_has_fewer_parameters():
-    record = as_record(make_plan(), time=0.0)
-    older = {key: value for key, value in record.items() if key not in ("replicas", "processes", "backend")}
-    assert "plan.replicas" not in plan_parameters(older)
-    assert plan_parameters(older)["plan.threads"] == "1"
-
-
-@pytest.mark.parametrize(
-    ("events", "status"),
-    [
-        ([], "FAILED"),
-        ([RunStarted("d", "r", "petra", "m", "d")], "FAILED"),
-        ([RunStarted("d", "r", "petra", "m", "d"), make_end()], "FINISHED"),
-        ([RunStarted("d", "r", "petra", "m", "d"), RunInterrupted(1, "x")], "KILLED"),
-        ([RunStarted("d", "r", "petra", "m", "d"), RunFailed("x")], "FAILED"),
-        ([RunInterrupted(1, "x"), RunStarted("d", "r", "petra", "m", "d", 1), make_end()], "FINISHED"),
-        ([make_end(), RunStarted("d", "r", "petra", "m", "d", 3)], "FAILED"),
-    ],
-)
-def test_the_status_is_that_of_the_last_session(events, status):
-    assert final_status(records(events)) == status
+from petractl.tracking import mlflow_run
+from petractl.tracking.mlflow_run import create_sqlite_store, run_identity, sqlite_path
 
 
 def test_sqlite_path():
@@ -156,3 +45,46 @@ def test_a_store_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in store.parent.iterdir()] == ["mlflow.db"]
     create_sqlite_store(f"sqlite:///{store}")  # it is there: nothing to do
     create_sqlite_store("http://127.0.0.1:1")
+
+
+def test_a_store_for_which_there_is_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
+    import mlflow
+
+    class Client:
+        def __init__(self, tracking_uri):
+            pass
+
+        def search_experiments(self, **_):
+            pass
+
+    def half(source, target):
+        target.write_bytes(b"x" * 100)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Client)
+    monkeypatch.setattr(mlflow_run, "_copy_database", half)
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError):
+            create_sqlite_store(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_store_appears_also_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(mlflow_run.os, "link", refuse)
+    for content in (b"new", b"newer"):
+        (tmp_path / "complete").write_bytes(content)
+        mlflow_run._put_in_place(tmp_path / "complete", tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").read_bytes() == b"new"
+
+
+def test_a_run_is_known_by_the_first_line_of_its_journal(tmp_path):
+    assert run_identity(tmp_path) == ""
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_bytes(b'{"event":"run_st')
+    assert run_identity(tmp_path) == ""
+    for rest in (b"", b"more\n"):
+        journal.write_bytes(b"first\n" + rest)
+        assert run_identity(tmp_path) == hashlib.sha256(b"first\n").hexdigest()[:32]

@@ -46,7 +46,8 @@ def tracked(tmp_path_factory):
     uri = tracking_uri("", directory=directory)
     parameters = {"model.name": "revnet18", "training.epochs": "1", "tracking.uri": "http://bob:hunter2@host"}
     first = [*make_run(run_dir, epochs=1), RunInterrupted(1, "petractl resume x")]
-    warnings, _ = track(run_dir, first, uri=uri, parameters=parameters, run_name="first", close_wait_s=120.0)
+    patient = {"close_wait_s": 120.0, "interrupted_wait_s": 120.0}
+    warnings, _ = track(run_dir, first, uri=uri, parameters=parameters, run_name="first", **patient)
     run_id = (run_dir / "mlflow_run_id").read_text()
     second = [*make_run(run_dir, epochs=3, first=2), make_end()]
     more, _ = track(
@@ -209,6 +210,53 @@ def test_how_to_look():
         == "mlflow ui --backend-store-uri 'sqlite:////my runs/mlflow.db'"
     )
     assert how_to_look("https://u:p@host/") == "https://***@host/"
+
+
+def test_the_end_says_that_it_waits_and_what_was_left(run_dir):
+    """One warning, however much goes wrong; what it cannot say any more is said in plain lines."""
+    notices = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        warnings, close_s = track(run_dir, make_run(run_dir), uri=uri, stall_s=1.5, on_notice=notices.append)
+    assert notices == ["waiting for MLflow, 30 s at most"]
+    assert len(warnings) == 1
+    assert f"petractl sync {run_dir}" in warnings[0]
+    assert close_s < 6.0
+
+
+def test_what_was_left_after_a_warning_is_no_second_warning(run_dir, monkeypatch):
+    """A process that warns and then dies."""
+    code = (
+        "import json\n"
+        "for _ in range(3): print(json.dumps({'kind': 'warning', 'message': 'no'}), flush=True)\n"
+    )
+    real = subprocess.Popen
+
+    def popen(command, **settings):
+        return real([sys.executable, "-c", code], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    notices = []
+    settings = {"stall_s": 30.0, "on_notice": notices.append}
+    warnings, close_s = track(run_dir, make_run(run_dir), uri="http://127.0.0.1:1", **settings)
+    assert [warning.partition("\n")[0] for warning in warnings] == ["MLflow at http://127.0.0.1:1: no"]
+    assert notices[-1] == f"MLflow: its process ended early; later: petractl sync {run_dir}"
+    assert close_s < 20.0
+
+
+def test_an_interrupted_run_waits_less(run_dir):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        events = [*make_run(run_dir), RunInterrupted(1, "petractl resume x")]
+        _, close_s = track(run_dir, events, uri=uri, stall_s=9.0, interrupted_wait_s=1.0)
+    assert close_s < 6.0
+
+
+def test_a_log_that_cannot_be_written_costs_one_warning(run_dir):
+    (run_dir / "logs").write_text("")
+    warnings, _ = track(run_dir, make_run(run_dir), uri="http://127.0.0.1:1")
+    assert len(warnings) == 1
+    assert "its process cannot be started: File exists" in warnings[0]
 
 
 def test_settings_survive_the_pipe_whatever_their_size(run_dir):

@@ -7,7 +7,7 @@ from tracking_events import make_end, make_run
 
 from petractl.events import EventBus
 from petractl.tracking import mlflow_worker
-from petractl.tracking.journal import Journal
+from petractl.tracking.journal import Journal, read_journal
 from petractl.tracking.mlflow_run import TrackingSettings
 from petractl.tracking.mlflow_worker import MaskedStream, Reporter, StdinCommands, follow, reason
 
@@ -27,8 +27,10 @@ class FakeRun:
             raise ConnectionError("http://bob:hunter2@host is down")
         self.sent += records
 
-    def finish(self, status):
-        self.status = status
+    def finish(self, status, *, end_ms):
+        self.status, self.end_ms = status, end_ms
+
+    run_id, num_sent = "id", 7
 
 
 class Rounds:
@@ -73,7 +75,10 @@ def test_every_record_is_sent_once(finished_run, monkeypatch):
     assert [record["epoch"] for record in run.sent if record["event"] == "epoch_trained"] == [1, 2, 3]
     assert run.status == "FINISHED"
     assert waits == [0.0, 1.0, 1.0]
-    assert reports == []
+    (report,) = reports
+    assert report["kind"] == "sent"
+    assert json.loads(report["message"]) == {"run_id": "id", "values": 33, "sent": 7}
+    assert run.end_ms == round(1000 * read_journal(finished_run)[-1]["time"])
 
 
 def test_a_failing_server_is_tried_again_more_and_more_rarely_and_gets_all(finished_run, monkeypatch, capsys):
@@ -81,7 +86,8 @@ def test_a_failing_server_is_tried_again_more_and_more_rarely_and_gets_all(finis
     assert complete
     assert waits == [0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 1.0]
     assert len([record for record in run.sent if record["event"] == "evaluated"]) == 3
-    assert {report["message"] for report in reports} == {"http://***@host is down"}
+    warnings = [report["message"] for report in reports if report["kind"] == "warning"]
+    assert warnings == 6 * ["http://***@host is down"]  # the first failure is not told of
     assert capsys.readouterr().err.count("Traceback") == 1
 
 
@@ -115,6 +121,8 @@ def test_reasons_are_one_short_line_without_credentials():
     assert reason(ValueError("a\n  b http://u:p@h")) == "a b http://***@h"
     assert reason(TimeoutError()) == "TimeoutError"
     assert len(reason(ValueError("x" * 1000))) == 300
+    buried = "pool at http://u:p@h: (Caused by ResponseError('too many 503 error responses'))"
+    assert reason(ValueError(buried)) == "it answers with error 503"
 
 
 def test_the_log_is_masked():
