@@ -27,6 +27,8 @@ SPLIT_WORDS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("test"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 
 _MAX_SHARDS = 100_000
+_INDEX_SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
+"""What an index may name besides the files beside it: what only fetches, and from a server."""
 # At a word's start: "medieval", "latest" and "strain" say nothing. "imagenetTrain" does.
 _SPLIT_WORD = re.compile(r"(?<![A-Za-z])(train|val|test)|(?<=[a-z])(?-i:(Train|Val|Test))", re.IGNORECASE)
 
@@ -224,6 +226,7 @@ def _indexed_shards(path: Path, split: Split | None, *, where: str) -> list[Shar
         if scheme(entry.place) in ("", "file", "pipe"):
             found.append(ShardPlace(str(path.parent / entry.name), "file"))
         else:
+            _check_indexed_url(entry.place, index=path)
             found.append(ShardPlace(entry.place, "url"))
     missing = [Path(place.text) for place in found if place.kind == "file" and not Path(place.text).is_file()]
     if missing:
@@ -231,6 +234,21 @@ def _indexed_shards(path: Path, split: Split | None, *, where: str) -> list[Shar
     if not found:
         raise DataError(f"{path} lists no shard of the {split} split", where=where, hint="name the shards")
     return found
+
+
+def _check_indexed_url(place: str, *, index: Path) -> None:
+    """Refuse what an index, which may be a stranger's, must not have opened.
+
+    fsspec would open anything by whatever is installed, and chains of it ("reference://::http://...") read
+    descriptions from elsewhere, some of which are templates with code.
+    """
+    if scheme(place).lower() not in _INDEX_SCHEMES or "::" in place:
+        raise DataError(
+            f"it names {place!r}, which an index may not",
+            where=str(index),
+            hint=f"an index may name {', '.join(f'{each}://' for each in _INDEX_SCHEMES)}; name the shards "
+            "in the recipe if you trust their place",
+        )
 
 
 def _local_path(name: str, where: str) -> Path:
