@@ -192,6 +192,7 @@ def _build_part(plan: CheckedPlan, data: DataHere, world: World, *, starting_wei
             stage,
             links=wiring.training_links(),
             lookahead=plan.lookahead[stage.index],
+            lookahead_above=None if seat.is_last else plan.lookahead[stage.index + 1],
             accumulation=recipe.method.accumulation,
             stall_timeout_s=recipe.engine.stall_timeout,
             device=world.device,

@@ -33,7 +33,7 @@ from petractl.models.weights import load_weights
 from petractl.planning.auxiliary_cost import AuxiliaryCost
 from petractl.planning.flops import UnitCost, unit_costs
 from petractl.planning.stages import balanced_cuts
-from petractl.recipe.checks import explicit_keys
+from petractl.recipe.checks import RESTARTS_ALONE, explicit_keys
 from petractl.recipe.data_checks import PHOTOGRAPH_SIDE
 from petractl.recipe.load import LoadedRecipe
 from petractl.recipe.schema import PHOTOGRAPH_DATASETS, Recipe
@@ -286,10 +286,13 @@ class _Checker:
 
 def _idle_alone(recipe: Recipe) -> list[Problem]:
     """Return what is set for several processes, where the run has turned out to need only one."""
-    if "engine.stall_timeout" not in explicit_keys(recipe):
-        return []
     what = "has no effect: this run needs one process only"
-    return [Problem("engine.stall_timeout", what, 'set engine.mode = "processes" for one per stage')]
+    hints = {
+        "engine.stall_timeout": 'set engine.mode = "processes" for one per stage',
+        "engine.max_restarts": f"it is for {RESTARTS_ALONE}",
+    }
+    given = explicit_keys(recipe)
+    return [Problem(key, what, hint) for key, hint in hints.items() if key in given]
 
 
 def _check_device(recipe: Recipe, problems: _Problems) -> torch.device:

@@ -153,7 +153,9 @@ class Diagnosis:
     """The observer that compares: every `every`-th microbatch, the last one of each stretch of so many.
 
     Not the first, because it enters an empty pipeline, where nothing is old. `stages[j]` are the evaluators
-    of stage j, of a net that is all in one process. `report` is given the findings of all stages together.
+    of stage j, of a net that is all in one process. `first` is the first microbatch that enters in this
+    session: of those in flight when a run was saved, the forward was not seen. `report` is given the findings
+    of all stages together.
     """
 
     def __init__(
@@ -162,9 +164,11 @@ class Diagnosis:
         *,
         loss: MeanLoss,
         every: int,
+        first: int = 0,
         report: Callable[[list[StageDiagnosis]], None] = lambda findings: None,
     ) -> None:
         assert every >= 1
+        self._first = first
         self.report = report
         self._stages = [list(stage) for stage in stages]
         self._evaluators = [evaluator for stage in stages for evaluator in stage]
@@ -176,7 +180,7 @@ class Diagnosis:
 
     def wants(self, microbatch: int) -> bool:
         """Tell whether this microbatch is observed."""
-        return (microbatch + 1) % self._every == 0
+        return microbatch >= self._first and (microbatch + 1) % self._every == 0
 
     def forward(self, stage: int, microbatch: int, streams: Streams, labels: Tensor, *, updates: int) -> None:
         """Copy the parameters; the net's input is kept."""
@@ -277,11 +281,11 @@ class Diagnosis:
         )
 
 
-def observe(stages: Sequence[Observable], *, every: int) -> Diagnosis:
-    """Have every `every`-th microbatch diagnosed on all stages of a net."""
+def observe(stages: Sequence[Observable], *, every: int, first: int = 0) -> Diagnosis:
+    """Have every `every`-th microbatch diagnosed on all stages of a net, from `first` on."""
     loss = stages[-1].loss
     assert loss is not None, "the last stage has the loss"
-    diagnosis = Diagnosis([stage.evaluators for stage in stages], loss=loss, every=every)
+    diagnosis = Diagnosis([stage.evaluators for stage in stages], loss=loss, every=every, first=first)
     for stage in stages:
         stage.observer = diagnosis
     return diagnosis

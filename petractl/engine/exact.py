@@ -5,7 +5,8 @@ optimiser with the average. So the result is that of the in-process engine's `se
 `torch.distributed.pipelining` orders the work and moves the messages.
 
     place 0      reads a group of microbatches
-                 announces to every place how many samples each has, and its layout    (1)
+                 announces to every place how many samples each has, its layout,
+                 and whether the run is saved after the group                          (1)
                  sends the labels to the last place                                    (2)
     all places   run the flush: one schedule for each run of microbatches of one layout
                  average, over replicas too, and update
@@ -32,6 +33,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from petractl.engine.cut import STOP, Cutter, StageCut, Stopped
 from petractl.engine.exact_rules import exact_schedule_problem, flushes
 from petractl.engine.exact_stage import (
     Body,
@@ -42,8 +44,9 @@ from petractl.engine.exact_stage import (
     failures_escape,
 )
 from petractl.engine.measures import Measures
-from petractl.engine.pipeline import MicrobatchSource
+from petractl.engine.pipeline import MicrobatchSource, begin_stretch
 from petractl.engine.recorder import Recorder
+from petractl.engine.schedule import WHOLE_EPOCH, Stretch
 from petractl.engine.stage import Loss
 from petractl.engine.stopwatch import Stopwatch
 from petractl.errors import PeerLost, RunError, Stalled
@@ -79,6 +82,8 @@ class _Group:
 
     samples: Sequence[int]
     layouts: Sequence[int]
+    flags: int = 0
+    """Of the cut after the group, 0 for none."""
     images: Sequence[Tensor] | None = None
     labels: Sequence[Tensor] | None = None
 
@@ -149,6 +154,7 @@ class ExactPipeline:
             for part in parts
         ]
         self._flushes: dict[tuple[str, int, int], _Flush] = {}
+        self._carried_samples = 0
         self._on_microbatch: Callable[[int], None] | None = None
 
     def train(
@@ -159,28 +165,42 @@ class ExactPipeline:
         num_rows: int | None = None,
         offset: int = 0,
         on_microbatch: Callable[[int], None] | None = None,
+        stretch: Stretch = WHOLE_EPOCH,
+        cutter: Cutter | None = None,
     ) -> None:
-        """Train on the next `num_microbatches`; every one gets its backward before this returns.
+        """Train on the epoch's microbatches from where a stretch begins; every one gets its backward.
 
         `source` is needed at place 0 only. `num_rows` is the most microbatches that a replica has: updates
-        follow it. `offset` is the number of microbatches trained on before. `on_microbatch(i)` is called in
-        the last process, after the last stage's backward of microbatch i.
+        follow it. `offset` is the number of microbatches trained on before the epoch. `on_microbatch(i)` is
+        called in the last process, after the last stage's backward of microbatch i. The run can be saved
+        after every update: nothing is then in flight.
 
         Raises:
             RunError: the data ended too soon; PeerLost, Stalled: another process did not do its part.
+            Stopped: a cut has said so.
         """
+        assert stretch.until is None, "an exact pipeline is always drained between two groups"
         rows = num_microbatches if num_rows is None else num_rows
         assert rows >= num_microbatches
         started = time.perf_counter()
-        for stage in self.stages:
-            stage.offset = offset
+        begin_stretch(self.stages, stretch, offset=offset)
         self._on_microbatch = on_microbatch
         sent = [(part.bytes_sent_forward, part.bytes_sent_backward) for part in self.stages]
         try:
-            for first in range(0, rows, self.accumulation):
+            for first in range(stretch.done - stretch.done % self.accumulation, rows, self.accumulation):
                 size = max(0, min(self.accumulation, num_microbatches - first))
-                samples = self._run_group(source, first=first, size=size) if size else 0
-                self._update(size=size, samples=samples, last=first + max(size, 1) - 1)
+                done = max(0, stretch.done - first)
+                flags = self._decide(cutter, range(first + done, first + size)) if size > done else 0
+                self._begin_group(size, done=done)
+                samples = self._carried_samples if done else 0
+                if size > done:
+                    group, flags = self._run_group(source, first=first + done, size=size - done, flags=flags)
+                    samples += group
+                last = first + max(size, 1) - 1
+                if cutter is not None and self._seat.place == 0:
+                    cutter.before_update(last)
+                self._update(size=size, samples=samples, last=last)
+                self._hand_over(cutter, last, flags)
             with self._peers_named():
                 self._desk.flush()
         except StageFailure as failure:
@@ -203,10 +223,55 @@ class ExactPipeline:
         """Return how the stages spent the last epoch; those of one process share its time."""
         return self._measures
 
-    def _run_group(self, source: MicrobatchSource | None, *, first: int, size: int) -> int:
-        """Give every microbatch of a group its forward and backward; return the group's samples."""
+    def resume(self, cuts: Sequence[StageCut], *, offset: int) -> None:
+        """Go on from a cut, at which nothing was in flight; a part of a group may have been."""
+        for cut in cuts:
+            assert not cut.state["flights"]
+            self._carried_samples = cut.state["group"]["samples"]
+
+    def entered(self, stretch: Stretch, *, num_microbatches: int) -> int:
+        """Return how many of the epoch's microbatches have entered before a stretch."""
+        return min(stretch.done, num_microbatches)
+
+    def _decide(self, cutter: Cutter | None, microbatches: range) -> int:
+        """Ask where data enter for a cut after a group; the others are told with the group."""
+        if cutter is None or self._seat.place > 0:
+            return 0
+        flags = 0
+        for microbatch in microbatches:
+            flags |= cutter.decide(microbatch)
+        return flags
+
+    def _begin_group(self, size: int, *, done: int) -> None:
+        """Turn the averages of a group's first microbatches, another engine's, into this one's sums."""
+        if done:
+            for stage in self.stages:
+                gradients = [p.grad for p in stage.parameters if p.grad is not None]
+                torch._foreach_mul_(gradients, float(size))
+
+    def _hand_over(self, cutter: Cutter | None, microbatch: int, flags: int) -> None:
+        """Hand the stages over where the run is saved after an update.
+
+        Raises:
+            Stopped: the run ends here.
+        """
+        if cutter is None:
+            return
+        if self._seat.place == 0:
+            cutter.after_update(microbatch)
+        if flags:
+            for part in self.stages:
+                cutter.take(part, StageCut(part.index, microbatch, flags, (), part.suspended()))
+        if flags & STOP:
+            self._desk.flush()
+            raise Stopped
+
+    def _run_group(
+        self, source: MicrobatchSource | None, *, first: int, size: int, flags: int
+    ) -> tuple[int, int]:
+        """Give every microbatch of a group forward and backward; return the samples and the cut's flags."""
         with self._peers_named():
-            group = self._desk.group(source, first=first, size=size)
+            group = self._desk.group(source, first=first, size=size, flags=flags)
             for layout, run in group.runs():
                 position = run.start
                 count = run.stop - run.start
@@ -215,7 +280,7 @@ class ExactPipeline:
                     flush.record(self.recorder)
                     flush.run(group, positions=slice(position, position + part), first=first + position)
                     position += part
-        return sum(group.samples)
+        return sum(group.samples), group.flags
 
     def _flush(self, name: str, *, layout: int, count: int) -> "_Flush":
         key = (name, layout, count)
@@ -238,7 +303,9 @@ class ExactPipeline:
         with failures_escape(), self._stopwatch.running():
             loss = self._loss(logits, labels)
             if last.microbatch is not None:
-                last.part.totals.add(loss, logits, labels)
+                sentinel, position = last.part.sentinel, last.part.position(last.microbatch)
+                if sentinel is None or sentinel.loss(position, loss):
+                    last.part.totals.add(loss, logits, labels)
             return as_output(loss)
 
     def _backward_done(self, microbatch: int) -> None:
@@ -254,11 +321,16 @@ class ExactPipeline:
         with self._stopwatch.running():
             for stage in self.stages:
                 _average(stage.parameters, 1.0 / max(1, size))
+                if stage.sentinel is not None:
+                    stage.sentinel.mark_sums(stage.parameters)
         if self._reducer is not None:
             self._reducer.finish(samples=samples)
         for stage in self.stages:
             with self._stopwatch.running(), self._recorded(stage.index, last):
-                stage.updater.step(delay=0, position=stage.counters.updates)
+                if stage.sentinel is None or stage.sentinel.may_update():
+                    stage.updater.step(delay=0, position=stage.counters.updates)
+                else:
+                    stage.updater.skip(position=stage.counters.updates)
                 stage.counters.updates += 1
                 stage.counters.partial_groups += size < self.accumulation
 
@@ -341,9 +413,11 @@ class _Desk:
         self._layouts: dict[tuple[object, ...], int] = {}
         self._pending: list[tuple[dist.Work, Tensor]] = []
 
-    def group(self, source: MicrobatchSource | None, *, first: int, size: int) -> _Group:
-        """Return the next group, of `size` microbatches from `first`."""
-        return self._receive(size) if self._place else self._read(source, first=first, size=size)
+    def group(self, source: MicrobatchSource | None, *, first: int, size: int, flags: int) -> _Group:
+        """Return the next group, of `size` microbatches from `first`; `flags` of a cut are place 0's."""
+        if self._place:
+            return self._receive(size)
+        return self._read(source, first=first, size=size, flags=flags)
 
     def flush(self) -> None:
         """Wait until all that was sent has been taken."""
@@ -351,7 +425,7 @@ class _Desk:
             self._wait(work)
         self._pending.clear()
 
-    def _read(self, source: MicrobatchSource | None, *, first: int, size: int) -> _Group:
+    def _read(self, source: MicrobatchSource | None, *, first: int, size: int, flags: int) -> _Group:
         assert source is not None, "place 0 reads the data"
         images, labels = [], []
         for i in range(first, first + size):
@@ -365,24 +439,24 @@ class _Desk:
             labels.append(microbatch[1])
         samples, layouts = [len(y) for y in labels], [self._layout(x) for x in images]
         self.flush()
-        sizes = torch.tensor([samples, layouts], dtype=torch.int64)
+        sizes = torch.tensor([samples, layouts, [flags] * size], dtype=torch.int64)
         for place in range(1, self._num_places):
             self._send(sizes, place, tag=_SIZES_TAG)
         if self._num_places == 1:
-            return _Group(samples, layouts, images, [y.to(self._device) for y in labels])
+            return _Group(samples, layouts, flags, images, [y.to(self._device) for y in labels])
         self._send(torch.cat([y.cpu() for y in labels]), self._num_places - 1, tag=_LABELS_TAG)
-        return _Group(samples, layouts, images)
+        return _Group(samples, layouts, flags, images)
 
     def _receive(self, size: int) -> _Group:
-        sizes = torch.empty(2, size, dtype=torch.int64)
+        sizes = torch.empty(3, size, dtype=torch.int64)
         self._take(sizes, tag=_SIZES_TAG)
-        samples, layouts = sizes.tolist()
+        samples, layouts, flags = sizes.tolist()
         if self._place < self._num_places - 1:
-            return _Group(samples, layouts)
+            return _Group(samples, layouts, flags[0])
         labels = torch.empty(sum(samples), dtype=torch.int64)
         self._take(labels, tag=_LABELS_TAG)
         parts = torch.split(labels.to(self._device, non_blocking=True), samples)
-        return _Group(samples, layouts, labels=parts)
+        return _Group(samples, layouts, flags[0], labels=parts)
 
     def _layout(self, images: Tensor) -> int:
         """Return the number of a microbatch's shape, strides and type, in the order of their coming."""

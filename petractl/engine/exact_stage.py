@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from petractl.engine.recorder import Recorder
+from petractl.engine.sentinel import Sentinel
 from petractl.engine.stage import Counters, Totals
 from petractl.engine.stopwatch import Stopwatch
+from petractl.engine.tensor_tree import Tree
 from petractl.engine.update import Updater
 from petractl.errors import UserError
 from petractl.methods.evaluation import Evaluator
@@ -36,11 +38,14 @@ class ExactPart:
     evaluators: Sequence[Evaluator]
     updater: Updater
     counters: Counters = field(default_factory=Counters)
+    at_epoch_start: Counters = field(default_factory=Counters)
     totals: Totals = field(default_factory=Totals)
     offset: int = 0
     """Microbatches before the current epoch: in-unit randomness counts from the start of training."""
     replica: int = 0
     replicas: int = 1
+    sentinel: Sentinel | None = None
+    """Looks after the numbers."""
     bytes_sent_forward: int = 0
     bytes_sent_backward: int = 0
 
@@ -48,10 +53,33 @@ class ExactPart:
         """Return a microbatch's place in training, over all replicas: what in-unit randomness is drawn by."""
         return (self.offset + microbatch) * self.replicas + self.replica
 
+    def suspended(self) -> dict[str, Tree]:
+        """Return nothing: between two flushes, where a run is saved, nothing is in flight."""
+        return {"versions": [], "flights": {}, "group": {"microbatches": 0, "samples": 0}}
+
+    @property
+    def guarded(self) -> Sequence[Evaluator]:
+        """All that is evaluated here."""
+        return self.evaluators
+
     @property
     def parameters(self) -> list[Tensor]:
         """What is trained here, each once."""
         return list({id(p): p for e in self.evaluators for p in e.parameters}.values())
+
+
+def _guard_unit(sentinel: Sentinel, unit: int, position: int, inputs: Streams, outputs: Streams) -> None:
+    """Look at what a unit has made, and later at the gradients with respect to its inputs."""
+
+    def look(gradient: Tensor) -> None:
+        sentinel.gradients(unit, position, (), (gradient,), [])
+
+    passed = [y for y in outputs if any(y is x for x in inputs)]
+    made = tuple(y.detach() for y in outputs if not any(y is x for x in passed))
+    sentinel.outputs(unit, position, tuple(x.detach() for x in inputs), made)
+    for x in inputs:
+        if x.requires_grad:
+            x.register_hook(look)  # type: ignore[no-untyped-call]
 
 
 class StageFailure(BaseException):
@@ -120,8 +148,14 @@ class Body(nn.Module):
     def _run(self, streams: Streams) -> Streams:
         is_probe = self.microbatch is None
         microbatch = self.part.position(self.microbatch or 0)
-        for evaluator in self.part.evaluators:
-            streams = evaluator.embedded(streams, microbatch=microbatch, live=not is_probe)
+        sentinel = None if is_probe else self.part.sentinel
+        if sentinel is not None:
+            sentinel.received(microbatch, streams, upwards=True)
+        for n, evaluator in enumerate(self.part.evaluators):
+            inputs = streams
+            streams = evaluator.embedded(inputs, microbatch=microbatch, live=not is_probe)
+            if sentinel is not None:
+                _guard_unit(sentinel, n, microbatch, inputs, streams)
         self.part.counters.forwards += not is_probe
         return streams
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from petractl.engine.diagnosis import Observer
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.replicas import Reducer
+from petractl.engine.sentinel import Sentinel
+from petractl.engine.tensor_tree import Tree
 from petractl.engine.update import Updater
 from petractl.engine.versions import Versions
 from petractl.methods.evaluation import Evaluator, Parameters
@@ -45,6 +47,8 @@ class Totals:
     samples: int = 0
     loss: Tensor | None = None
     correct: Tensor | None = None
+    carried: int = 0
+    """Of the samples, those from before the run was resumed."""
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a microbatch: its mean loss and its correct answers."""
@@ -63,7 +67,7 @@ class Totals:
 
     def reset(self) -> None:
         """Start again from nothing."""
-        self.samples, self.loss, self.correct = 0, None, None
+        self.samples, self.loss, self.correct, self.carried = 0, None, None, 0
 
 
 @dataclass(slots=True)
@@ -98,6 +102,8 @@ class Stage:
     replica: int = 0
     replicas: int = 1
     counters: Counters = field(default_factory=Counters)
+    at_epoch_start: Counters = field(default_factory=Counters)
+    """The counters when the current epoch began."""
     totals: Totals = field(default_factory=Totals)
     offset: int = 0
     """Microbatches (rows, with replicas) before the current epoch.
@@ -106,6 +112,8 @@ class Stage:
     """
     observer: Observer | None = None
     """Told of the microbatches that it wants."""
+    sentinel: Sentinel | None = None
+    """Looks after the numbers."""
     _in_flight: dict[int, InFlight] = field(default_factory=dict)
     _versions: Versions = field(init=False)
     delay: int = 0
@@ -124,6 +132,16 @@ class Stage:
         """The units, in order."""
         return [keeper.evaluator for keeper in self.keepers]
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether a unit rebuilds its inputs here."""
+        return any(keeper.needs_outputs for keeper in self.keepers)
+
+    @property
+    def guarded(self) -> list[Evaluator]:
+        """All that is evaluated here."""
+        return self.evaluators
+
     def forward(self, message: Activation) -> Activation:
         """Run the units in order and keep what the method keeps."""
         streams, flight = self._run_forward(self.keepers, message)
@@ -138,6 +156,8 @@ class Stage:
         self._group_samples += flight.samples
         above = [(message.streams, message.gradients)]
         self._observe_backward(message.microbatch)
+        if self.sentinel is not None:
+            self.sentinel.received(self._position(message.microbatch), message.gradients, upwards=False)
         result = self._run_backward(self.keepers, above, flight, message.microbatch, group_size)
         del self._in_flight[message.microbatch]
         self.counters.backwards += 1
@@ -170,13 +190,70 @@ class Stage:
             self.reducer.finish(samples=self._group_samples)
         self._group_microbatches = self._group_samples = 0
         self._versions.protect(flight.parameters for flight in self._in_flight.values())
-        self.updater.step(delay=self.delay, position=self.counters.updates)
+        position = self.counters.updates
+        if self.sentinel is None or self.sentinel.may_update():
+            self.updater.step(delay=self.delay, position=position)
+        else:
+            self.updater.skip(position=position)
         self.counters.updates += 1
         self.counters.partial_groups += partial
 
     def microbatches_in_flight(self) -> int:
         """Return how many microbatches wait for their backward."""
         return len(self._in_flight)
+
+    def suspended(self) -> dict[str, Tree]:
+        """Return what the stage holds besides parameters, buffers and the optimiser's state.
+
+        Tensors are those in use: nothing changes them in place.
+        """
+        flights = {str(i): flight for i, flight in self._in_flight.items()}
+        versions, numbers = self._versions.suspended([flight.parameters for flight in flights.values()])
+        return {
+            "versions": versions,
+            "flights": {
+                i: {
+                    "version": number,
+                    "updates_at_forward": flight.updates_at_forward,
+                    "samples": flight.samples,
+                    "units": [
+                        keeper.suspended(kept)
+                        for keeper, kept in zip(self.keepers, flight.kept, strict=False)
+                    ],
+                }
+                for (i, flight), number in zip(flights.items(), numbers, strict=True)
+            },
+            "group": {"microbatches": self._group_microbatches, "samples": self._group_samples},
+        }
+
+    def resume(self, state: dict[str, Tree]) -> None:
+        """Go on from what `suspended` returned; `offset` and the parameters must be in place.
+
+        Graphs are made again, with the parameters of their forward, and so with the same bits.
+        """
+        flights = state["flights"].items()
+        used = self._versions.resumed(state["versions"], [flight["version"] for _, flight in flights])
+        self._in_flight = {
+            int(i): InFlight(
+                self._rebuilt(int(i), flight["units"], parameters),
+                parameters,
+                flight["updates_at_forward"],
+                flight["samples"],
+            )
+            for (i, flight), parameters in zip(flights, used, strict=True)
+        }
+        self.resume_group(state["group"])
+
+    def resume_group(self, group: dict[str, Tree]) -> None:
+        """Go on in the middle of a group; its gradients are the parameters'."""
+        self._group_microbatches, self._group_samples = group["microbatches"], group["samples"]
+
+    def _rebuilt(self, i: int, units: Sequence[Tree], parameters: list[Parameters]) -> list[Any]:
+        # The last stage has nothing in flight, so that all units have something, if only None.
+        return [
+            keeper.resumed(kept, microbatch=self._position(i), parameters=used)
+            for keeper, kept, used in zip(self.keepers, units, parameters, strict=True)
+        ]
 
     def _position(self, microbatch: int) -> int:
         """Return a microbatch's place in training, over all replicas: what in-unit randomness is drawn by."""
@@ -189,10 +266,17 @@ class Stage:
         observer = self._observer(message.microbatch)
         if observer is not None:
             observer.forward(self.index, i, streams, message.labels, updates=self.counters.updates)
+        sentinel = self.sentinel
+        if sentinel is not None:
+            sentinel.received(i, streams, upwards=True)
         for n, (keeper, used) in enumerate(zip(keepers, parameters, strict=False)):
             if observer is not None and keeper.needs_outputs:
                 observer.unit_inputs(self.index, i, n, streams)
-            streams, item = keeper.forward(streams, microbatch=i, parameters=used)
+            inputs = streams
+            streams, item = keeper.forward(inputs, microbatch=i, parameters=used)
+            if sentinel is not None:
+                sentinel.outputs(n, i, inputs, streams)
+            del inputs  # what is not kept is not needed above
             kept.append(item)
         return streams, InFlight(kept, parameters, self.counters.updates, message.labels.shape[0])
 
@@ -201,14 +285,17 @@ class Stage:
         assert self.loss is not None, "only the last stage has a loss"
         head, i = self.keepers[-1], self._position(message.microbatch)
         outputs, kept = head.forward(streams, microbatch=i, parameters=None)
+        if self.sentinel is not None:
+            self.sentinel.outputs(len(self.keepers) - 1, i, streams, outputs)
         logits = outputs[0].requires_grad_()
         with torch.enable_grad():
             loss = self.loss(logits, message.labels)
-        self.totals.add(loss, logits, message.labels)
+        if self.sentinel is None or self.sentinel.loss(i, loss):
+            self.totals.add(loss, logits, message.labels)
         gradients = torch.autograd.grad(loss, [logits])
         down = head.backward(kept, None, gradients, microbatch=i, parameters=None)
         self._observe_unit(len(self.keepers) - 1, down, message.microbatch)
-        self._add(len(self.keepers) - 1, down, gradients, group_size)
+        self._add(len(self.keepers) - 1, down, gradients, group_size, position=i)
         return down.inputs, down.gradients
 
     def _run_backward(
@@ -237,13 +324,15 @@ class Stage:
             )
             flight.kept[n] = None
             self._observe_unit(n, down, i)
-            self._add(n, down, gradients, group_size)
+            self._add(n, down, gradients, group_size, position=self._position(i))
             streams, gradients = down.inputs, down.gradients
             del down
         return Gradient(i, streams if self.sends_streams else None, gradients)
 
-    def _add(self, n: int, down: UnitBackward, gradients: Streams, group_size: int) -> None:
+    def _add(self, n: int, down: UnitBackward, gradients: Streams, group_size: int, *, position: int) -> None:
         """Add unit n's gradients to the running average; start its reduction if they are the group's last."""
+        if self.sentinel is not None:
+            self.sentinel.gradients(n, position, gradients, down.gradients, down.parameter_gradients)
         messages = (*gradients, *down.gradients)
         parameters = self.keepers[n].evaluator.parameters
         accumulate(parameters, down.parameter_gradients, 1.0 / group_size, messages=messages)

@@ -30,6 +30,11 @@ class Updater:
         """The rate of the last update."""
         self._clip = clip
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained here."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def step(self, *, delay: int, position: int) -> None:
         """Apply the gradients held by the parameters.
 
@@ -45,4 +50,9 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def skip(self, *, position: int) -> None:
+        """Leave an update out: its gradients are dropped, and the rate moves on."""
+        self.rate = self.learning_rate(position)
         self.optimizer.zero_grad(set_to_none=True)

@@ -290,7 +290,34 @@ def connect(launch: Launch, *, timeout_s: float = _JOIN_TIMEOUT_S) -> Any:
             hint="check MASTER_ADDR and MASTER_PORT, and that all nodes were started",
         ) from error
     store.set_timeout(timedelta(seconds=timeout_s))
-    return store
+    # torchrun keeps its store when it starts all processes again, and what they have left in it.
+    return PrefixStore(f"petractl/start-{restarts_of_torchrun()[0]}", store)
+
+
+def restarts_of_torchrun() -> tuple[int, int]:
+    """Return how often torchrun has started these processes again, and how often it may; 0 without it."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    done, most = (int(os.environ.get(name, "0") or "0") for name in names)
+    return done, most
+
+
+def is_kept_by_torchrun() -> bool:
+    """Tell whether the store is torchrun's, and so outlives the processes of a start."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def tell_later_starts(store: Any, key: str, value: str) -> None:
+    """Leave a text for the processes that torchrun may start in place of these; `store` is `connect`'s."""
+    store.underlying_store.set(f"petractl/{key}", value)
+
+
+def told_by_earlier_start(store: Any, key: str) -> str:
+    """Return what the processes before these have left under `key`, "" if nothing."""
+    kept = store.underlying_store
+    if not is_kept_by_torchrun() or not kept.check([f"petractl/{key}"]):
+        return ""
+    text: bytes = kept.get(f"petractl/{key}")
+    return text.decode()
 
 
 def check_world_size(world_size: int, *, num_places: int, num_replicas: int) -> None:

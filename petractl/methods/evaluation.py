@@ -18,6 +18,7 @@ from petractl.errors import UserError
 from petractl.estimator import Statistics
 from petractl.methods.dual import Function, Row, Tangents, carry, lacks_forward_mode, one_by_one
 from petractl.methods.dual_mode import NotCarriedError
+from petractl.methods.protected_buffers import buffers_of, protected
 from petractl.methods.randomness import derive_seed, seed_device
 from petractl.models.units import Reconstruction, Reversible, Streams, as_streams, parts_begin_with
 
@@ -80,12 +81,21 @@ class Evaluator:
         self._slots = _parameter_slots(unit, self.parameters)
         self._norms = [m for m in unit.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         self._buffer_slots = _other_buffer_slots(unit, self._norms)
+        self._protected: list[list[Tensor]] = []
+
+    def protect_buffers(self) -> None:
+        """From now on, put buffers back where an evaluation leaves in them what is not finite."""
+        self._protected = buffers_of(self.unit)
 
     def plain(
         self, inputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
     ) -> Streams:
         """Evaluate without a graph; `live` lets the running statistics follow."""
-        with torch.no_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+        with (
+            torch.no_grad(),
+            self._protection(live=live),
+            self._conditions(microbatch, live=live, parameters=parameters),
+        ):
             return self._evaluate(inputs)
 
     def linearize(
@@ -99,7 +109,11 @@ class Evaluator:
     ) -> Linearization:
         """Evaluate with a graph whose leaves are the inputs and the parameters."""
         leaves = tuple(_leaf(x, requires_grad=input_gradient) for x in inputs)
-        with torch.enable_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+        with (
+            torch.enable_grad(),
+            self._protection(live=live),
+            self._conditions(microbatch, live=live, parameters=parameters),
+        ):
             outputs = self._evaluate(leaves)
         return Linearization(leaves, outputs, self.parameters if parameters is None else parameters)
 
@@ -107,7 +121,11 @@ class Evaluator:
         self, inputs: Streams, *, microbatch: int, live: bool, parameters: Parameters = None
     ) -> Streams:
         """Evaluate as a part of a larger graph: gradients flow on to whatever made the inputs."""
-        with torch.enable_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+        with (
+            torch.enable_grad(),
+            self._protection(live=live),
+            self._conditions(microbatch, live=live, parameters=parameters),
+        ):
             return self._evaluate(inputs)
 
     def push(
@@ -144,23 +162,28 @@ class Evaluator:
             return evaluate
 
         kept = [(b, b.clone()) for b in self.unit.buffers()] if live and len(rows) > 1 else []
-        try:
-            return carry(function(live=live), primals, rows, statistics=statistics)
-        except NotCarriedError:
-            for buffer, value in kept:
-                buffer.copy_(value)
-        except RuntimeError as error:
-            if lacks_forward_mode(error):
-                raise self._has_no_forward_mode() from error
-            raise
-        return one_by_one(lambda k: function(live=live and k == 0), primals, rows, statistics=statistics)
+        with self._protection(live=live):
+            try:
+                return carry(function(live=live), primals, rows, statistics=statistics)
+            except NotCarriedError:
+                for buffer, value in kept:
+                    buffer.copy_(value)
+            except RuntimeError as error:
+                if lacks_forward_mode(error):
+                    raise self._has_no_forward_mode() from error
+                raise
+            return one_by_one(lambda k: function(live=live and k == 0), primals, rows, statistics=statistics)
 
     def reconstruct(
         self, outputs: Streams, *, microbatch: int, live: bool, parameters: Sequence[Tensor] | None
     ) -> Reconstruction:
         """Rebuild a reversible unit's inputs with the graph for its vector-Jacobian product."""
         unit = cast(Reversible, self.unit)
-        with torch.no_grad(), self._conditions(microbatch, live=live, parameters=parameters):
+        with (
+            torch.no_grad(),
+            self._protection(live=live),
+            self._conditions(microbatch, live=live, parameters=parameters),
+        ):
             return unit.reconstruct(*outputs)
 
     def _evaluate(self, inputs: Streams) -> Streams:
@@ -206,6 +229,9 @@ class Evaluator:
                 stack.enter_context(self._frozen_statistics())
             stack.enter_context(self._autocast())
             yield
+
+    def _protection(self, *, live: bool) -> AbstractContextManager[None]:
+        return protected(self._protected) if live and self._protected else nullcontext()
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._autocast_dtype is None:

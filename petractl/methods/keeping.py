@@ -6,6 +6,7 @@ them, gradients of the parameters`. Going down, a unit hands its inputs to the u
 the outputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +48,14 @@ class Keeper(Protocol):
         """Return the vector-Jacobian product at the inputs."""
         ...
 
+    def suspended(self, kept: Any) -> Streams | None:
+        """Return the tensors from which what is kept can be made again."""
+        ...
+
+    def resumed(self, tensors: Sequence[Tensor] | None, *, microbatch: int, parameters: Parameters) -> Any:
+        """Make what is kept again, with the same bits; running statistics stay as they are."""
+        ...
+
 
 class GraphKeeper:
     """Keeps the graph of the forward: no recomputation, the most memory."""
@@ -82,6 +91,23 @@ class GraphKeeper:
         """Differentiate the kept graph."""
         grads_in, grads = kept.vjp(gradients)
         return UnitBackward(tuple(x.detach() for x in kept.inputs), grads_in, grads)
+
+    def suspended(self, kept: Linearization) -> Streams:
+        """Return the inputs: a graph cannot be saved."""
+        return kept.inputs
+
+    def resumed(
+        self, tensors: Sequence[Tensor] | None, *, microbatch: int, parameters: Parameters
+    ) -> Linearization:
+        """Evaluate with a graph again."""
+        assert tensors is not None, "a graph is made from its inputs"
+        return self.evaluator.linearize(
+            tuple(tensors),
+            microbatch=microbatch,
+            live=False,
+            parameters=parameters,
+            input_gradient=self._input_gradient,
+        )
 
 
 class InputKeeper:
@@ -123,6 +149,17 @@ class InputKeeper:
         grads_in, grads = again.vjp(gradients)
         return UnitBackward(kept, grads_in, grads)
 
+    def suspended(self, kept: Streams) -> Streams:
+        """Return the inputs."""
+        return kept
+
+    def resumed(
+        self, tensors: Sequence[Tensor] | None, *, microbatch: int, parameters: Parameters
+    ) -> Streams:
+        """Return the inputs."""
+        assert tensors is not None, "inputs are kept"
+        return tuple(tensors)
+
 
 class Reconstructor:
     """Keeps nothing: rebuilds a reversible unit's input from its output, fused with the differentiation."""
@@ -157,6 +194,14 @@ class Reconstructor:
         used = self.evaluator.parameters if parameters is None else parameters
         grads_in, grads = rebuilt.vjp(gradients, used)
         return UnitBackward(rebuilt.inputs, grads_in, grads)
+
+    def suspended(self, kept: None) -> None:
+        """Return nothing."""
+        return None
+
+    def resumed(self, tensors: Sequence[Tensor] | None, *, microbatch: int, parameters: Parameters) -> None:
+        """Return nothing."""
+        return None
 
 
 def build_keeper(

@@ -14,12 +14,14 @@ without Backpropagation", 2022) it takes its part of that, and nothing is differ
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from petractl.estimator import FROM_ABOVE, Estimator, Kind, Statistics
 from petractl.methods.block import LossGradient, OwnLoss, Row, Setting
+from petractl.methods.evaluation import Evaluator
 from petractl.methods.projection import Projector
 from petractl.methods.randomness import derive_seed, seed_device
 from petractl.methods.rest import Rest
@@ -108,6 +110,12 @@ class Learner:
         reverse = choice.measures and choice.resolved_derivative == "reverse"
         pulls_down = choice.sends_down and not choice.carries_tangents
         self._keeps_graph = choice.space == "activation" or reverse or pulls_down
+
+    @property
+    def auxiliary_evaluators(self) -> list[Evaluator]:
+        """Those of the block's own auxiliary nets."""
+        losses = [self.own_loss, self._guessing.loss if self._guessing is not None else None]
+        return [loss.auxiliary for loss in losses if loss is not None and loss.auxiliary is not None]
 
     # Upwards.
 
@@ -332,6 +340,44 @@ class Learner:
     def gradients(self, flight: Flight, estimate: Slots) -> list[Tensor | None]:
         """Return the parameter gradients that an estimate stands for."""
         return self.space.parameter_gradients(flight.graph, estimate)
+
+    # In the middle of an epoch, saved and loaded.
+
+    def suspended(self, flight: Flight) -> dict[str, Any]:
+        """Return from what a flight can be made again; copies where learning may change it in place."""
+        own = flight.own
+        return {
+            "inputs": flight.inputs,
+            "labels": flight.labels,
+            "outputs": flight.outputs,
+            "has_graph": flight.graph is not None,
+            "own": None
+            if own is None
+            else {
+                "loss": own.loss,
+                "logits": own.logits,
+                "at_outputs": own.at_outputs,
+                "at_parameters": [None if g is None else g.clone() for g in own.at_parameters],
+            },
+            "guesses": [[[x.clone() for x in slot] for slot in guess] for guess in flight.guesses],
+            "num_tangents": flight.num_tangents,
+            "moved": flight.moved,
+            "moved_below": flight.moved_below,
+        }
+
+    def resumed(self, saved: Mapping[str, Any], setting: Setting) -> Flight:
+        """Make a flight again; its graph has the same bits, and running statistics stay as they are."""
+        inputs, own = tuple(saved["inputs"]), saved["own"]
+        flight = Flight(setting, inputs, saved["labels"], tuple(saved["outputs"]))
+        if saved["has_graph"]:
+            flight.graph = self.space.linearize(inputs, setting, live=False)
+        if own is not None:
+            at_outputs = tuple(own["at_outputs"])
+            flight.own = LossGradient(own["loss"], own["logits"], at_outputs, own["at_parameters"])
+        flight.guesses = [[tuple(slot) for slot in guess] for guess in saved["guesses"]]
+        flight.num_tangents = saved["num_tangents"]
+        flight.moved, flight.moved_below = saved["moved"], saved["moved_below"]
+        return flight
 
     def _random_signs(self, flight: Flight, guesses: Sequence[Slots]) -> list[Tensor]:
         seed = derive_seed(self._seed, "sign", self._index, flight.setting.microbatch)

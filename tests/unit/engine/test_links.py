@@ -13,6 +13,8 @@ from petractl.engine.carriers import BufferPool
 IN_HAND = 2
 """The buffer that the receiver looks at, and the one that its link hands over."""
 
+pytestmark = pytest.mark.alone  # the processes measure how long they wait
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, Any]]:
