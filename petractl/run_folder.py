@@ -8,6 +8,7 @@
 
 import fcntl
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from petractl.errors import RunError, UserError
+from petractl.tracking.masking import mask_credentials
 
 RECIPE = "recipe.toml"
 RESOLVED = "resolved.toml"
+RESUMING = ".resuming.toml"
 ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 
@@ -45,8 +48,9 @@ class RunFolder:
         """Hold the folder: two processes must not write one run.
 
         Raises:
-            UserError: another process holds it, or it cannot be written.
+            UserError: another process holds it, it cannot be written, or a link in it leads elsewhere.
         """
+        self._check_links()
         try:
             opened = (self.path / LOCK).open("a")
         except OSError as error:
@@ -66,6 +70,22 @@ class RunFolder:
                 ) from None
             yield
 
+    def _check_links(self) -> None:
+        """Refuse links that lead out of the folder: what is written, or deleted, would not be the run's.
+
+        A folder that came from somebody else could have any file of the user's overwritten.
+        """
+        root = self.path.resolve()
+        for folder, folders, files in os.walk(self.path):
+            for name in (*folders, *files):
+                path = Path(folder, name)
+                if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
+                    raise UserError(
+                        "this link leads out of the run folder",
+                        where=str(path),
+                        hint="put the whole folder on the other disk instead: --dir, or run.directory",
+                    )
+
     def write_start(self, *, recipe: str, resolved: str, environment: dict[str, Any]) -> None:
         """Write what is known before the first step.
 
@@ -75,7 +95,7 @@ class RunFolder:
         try:
             for name in ("checkpoints", "plots", "logs"):
                 (self.path / name).mkdir(exist_ok=True)
-            (self.path / RECIPE).write_text(recipe, encoding="utf-8")
+            _write_text(self.path / RECIPE, recipe)
             (self.path / ENVIRONMENT).write_text(json.dumps(environment, indent=1) + "\n")
             self.write_resolved(resolved)
         except OSError as error:
@@ -88,8 +108,32 @@ class RunFolder:
     def write_resolved(self, text: str) -> None:
         """Replace resolved.toml in one step."""
         temporary = self.path / f".{RESOLVED}"
-        temporary.write_text(text, encoding="utf-8")
+        _write_text(temporary, text)
         temporary.replace(self.resolved)
+
+    def propose_resolved(self, text: str) -> None:
+        """Write by what recipe a resumed run is to go on, beside the one that it has.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        try:
+            _write_text(self.path / RESUMING, text)
+        except OSError as error:
+            raise RunError(
+                f"cannot be written: {error.strerror or error}",
+                where=str(self.path),
+                hint="make room, or let it be written; the run is as it was",
+            ) from error
+
+    def adopt_resolved(self) -> None:
+        """Put what was proposed in place of resolved.toml: the run goes on by it."""
+        (self.path / RESUMING).replace(self.resolved)
+
+    @property
+    def proposed(self) -> str:
+        """The name of the file by whose recipe the run is to go on."""
+        return RESUMING if (self.path / RESUMING).is_file() else RESOLVED
 
 
 def create_run_folder(directory: Path | None, *, parent: str, recipe_name: str) -> RunFolder:
@@ -140,6 +184,14 @@ def open_run_folder(path: Path) -> RunFolder:
             hint=f"a run folder has a {RESOLVED}; `petractl ls runs` lists them",
         )
     return folder
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file of the run; where it holds a password, for the user's eyes only."""
+    if mask_credentials(text) != text:
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")
 
 
 def _new_folder(parent: Path, recipe_name: str) -> Path:

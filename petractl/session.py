@@ -6,28 +6,29 @@ save, and the first alone has the journal, the console and MLflow; the others ke
 """
 
 import contextlib
-import dataclasses
-import json
+import secrets
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from petractl import build, checkpoint
+from petractl.build.advice import memory_advice
+from petractl.engine.assembly import stage_bounds
+from petractl.engine.cut import Stopped
 from petractl.engine.diagnosis import Diagnosis, Observable, observe
 from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
-from petractl.engine.pipeline import StageRecord
+from petractl.engine.memory_left import MemoryLeft, memory_left
+from petractl.engine.numbers import Numbers
 from petractl.engine.process_pipeline import ProcessPipeline
-from petractl.engine.stage import Counters
-from petractl.engine.trainer import Outcome, Trainer, TrainingState
+from petractl.engine.trainer import Outcome, Trainer, TrainingState, stretch_of
 from petractl.engine.world import World
 from petractl.errors import PeerLost, Problem, RunError
 from petractl.estimator import LOCAL
 from petractl.events import (
-    CheckpointSaved,
     EventBus,
     RunFailed,
     RunFinished,
@@ -36,15 +37,18 @@ from petractl.events import (
     WarningRaised,
 )
 from petractl.interrupts import Interrupts
-from petractl.optim import load_optimizer_state, optimizer_state
 from petractl.processes import is_child_of_petractl, log_name
-from petractl.recipe.schema import Recipe
+from petractl.recipe.flatten import as_parameters
 from petractl.run_folder import RunFolder
+from petractl.saving.identity import PipelineIdentity
+from petractl.saving.policy import CutPolicy, StopRequests
+from petractl.saving.restore import Restorer
+from petractl.saving.saver import Keeping, Saver
+from petractl.saving.snapshot import Photographer
 from petractl.tracking.console import TIMELINE_NAME, ConsoleListener
 from petractl.tracking.diagnosis_plot import DiagnosisPlotter
 from petractl.tracking.journal import Journal
 from petractl.tracking.log_file import LogFile
-from petractl.tracking.masking import mask_credentials
 from petractl.tracking.mlflow_tracker import MlflowTracker, how_to_look, tracking_uri
 from petractl.tracking.plots import CurvePlotter
 from petractl.tracking.timeline import TimelineFiles
@@ -100,7 +104,12 @@ class Session:
         if built.left_weights:
             left = ", ".join(built.left_weights)
             self._notes.append(Problem("model.weights", f"left as initialised: {left}", ""))
-        self._epoch = 0
+        self._plan = plan
+        bounds = stage_bounds(plan.cuts, num_units=len(plan.names))
+        self._photographer = Photographer(built, bounds=bounds)
+        self._saver: Saver | None = None
+        self._running: Trainer | None = None
+        self._state = TrainingState()
         self._timeline: TimelineFiles | None = None
 
     def warn(self, problems: Sequence[Problem]) -> None:
@@ -108,69 +117,98 @@ class Session:
         self._notes += problems
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put the parameters, buffers, optimisers and counters of this process back.
+        """Put the parameters, buffers, optimisers, counters and what was in flight in this process back.
 
-        An auxiliary net that the checkpoint does not have, since its block is a new one, begins anew.
+        Raises:
+            RunError: the checkpoint is not one of this run.
         """
-        self._built.network.load_state_dict(saved.tensors["model"])
-        new = self._restore_auxiliary(saved)
-        counters = Counters(**saved.state["counters"])
-        for stage, parameters in self._stage_parameters():
-            stage.counters = dataclasses.replace(counters)
-            load_optimizer_state(
-                stage.updater.optimizer,
-                [(name, p) for name, p in parameters if not name.startswith(new)],
-                saved.tensors["optimizer"],
-                saved.state["optimizer_numbers"],
-            )
+        self._notes += Restorer(saved, state_of(saved), self._built, self._photographer).restore()
 
-    def _restore_auxiliary(self, saved: checkpoint.Checkpoint) -> tuple[str, ...]:
-        """Put the auxiliary nets back that are the same; return what the names of the others begin with."""
-        if self._built.auxiliary is None:
-            return ()
-        found = saved.tensors.get("auxiliary", {})
-        own = self._built.auxiliary.state_dict()
-        of_net: dict[str, list[str]] = {}
-        for name in own:
-            of_net.setdefault(".".join(name.split(".")[:2]) + ".", []).append(name)
-        new = tuple(
-            net
-            for net, names in of_net.items()
-            if any(name not in found or found[name].shape != own[name].shape for name in names)
-        )
-        kept = {name: found[name] for net, names in of_net.items() if net not in new for name in names}
-        self._built.auxiliary.load_state_dict({**own, **kept})
-        if new:
-            units = ", ".join(net.split(".")[1] for net in new)
-            what = f"the auxiliary nets of the blocks that end with units {units} begin anew"
-            self._notes.append(Problem("partition", what, "these blocks are not those of the checkpoint"))
-        return new
+    def drain(self, state: TrainingState) -> Path:
+        """Give what is in flight its backward, save that, and return the new checkpoint; trains no further.
+
+        In a process other than the first the path is that of no file.
+        """
+        bus = EventBus()
+        self._saver = self._open_saver(bus)
+        try:
+            self._saver.save_trained(self._trainer(bus).drain(state))
+            self._saver.finish()
+        finally:
+            bus.close()
+        return self._saver.saved_path or Path()
 
     def train(self, state: TrainingState) -> int:
         """Run to the end; returns the exit code."""
-        self._epoch = state.epochs_done
+        self._state = state
         bus = self._open_bus()
         self._timeline = self._timeline_files(bus) if self._trace else None
         started = time.perf_counter()
+        left = memory_left(self._built.placement.device)
         try:
+            self._saver = self._open_saver(bus)
             self._tell_start(bus, state)
-            outcome = self._trainer(bus).run(state)
+            self._running = self._trainer(bus)
+            outcome = self._running.run(state)
             self._interrupts.finishing = True
+            self._saver.finish()
             bus.emit(self._finished_event(outcome, time.perf_counter() - started))
         except BaseException as error:
             if not self._is_interruption(error):
                 bus.emit(RunFailed(message=self._cause(error)))
                 if isinstance(error, Exception) and _is_out_of_memory(error):
-                    raise _out_of_memory(error, self._recipe.data.batch_size) from error
+                    raise self._out_of_memory(error, left) from error
                 raise
-            command = shlex.join(["petractl", "resume", str(self._folder.path)])
-            bus.emit(RunInterrupted(epoch=self._epoch + 1, resume_command=command))
+            self._save_before_stopping(error)
+            bus.emit(self._interrupted_event())
             return EXIT_INTERRUPTED
         finally:
             if self._timeline is not None:
                 self._timeline.draw()
             bus.close()
         return 0
+
+    def _out_of_memory(self, error: Exception, left: MemoryLeft | None) -> RunError:
+        """Return the error that says what would fit; `left` was there before the first step."""
+        world = self._built.world
+        stage = world.seat.place if isinstance(world, World) else None
+        what, hint = "", f"lower data.batch_size (now {self._recipe.data.batch_size})"
+        with contextlib.suppress(Exception):  # the model is advice; without it the error still stands
+            what, hint = memory_advice(self._plan, stage=stage, left=left)
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return RunError(
+            f"out of memory: {first}" + (f" ({what})" if what else ""), hint=f"{hint}; checkpoints are intact"
+        )
+
+    def _save_before_stopping(self, error: BaseException) -> None:
+        """Wait until what was handed over at the stop is saved, or save now what rests.
+
+        Where the deadline passes, or another signal comes, the last checkpoint stands.
+        """
+        saver, running = self._saver, self._running
+        if saver is None or running is None or self._interrupts.is_overdue:
+            return
+        with contextlib.suppress(KeyboardInterrupt), self._interrupts.limited(self._recipe.run.stop_deadline):
+            if not isinstance(error, Stopped):
+                if running.at_rest is None:
+                    return  # a second signal, in the middle of an epoch
+                if running.at_rest.microbatches_done:
+                    saver.save_trained(running.at_rest)
+                else:
+                    saver.save_epoch(running.at_rest, is_best=False, is_last=True)
+            saver.part_stopped()
+
+    def _interrupted_event(self) -> RunInterrupted:
+        """Say where the run goes on: from what this session has saved, else from where it began."""
+        state = self._state
+        if self._saver is not None and self._saver.saved_state is not None:
+            state = self._saver.saved_state
+        return RunInterrupted(
+            epoch=state.epochs_done + 1,
+            microbatch=state.microbatches_done or None,
+            cause=self._saver.stop_cause if self._saver is not None else "",
+            resume_command=shlex.join(["petractl", "resume", str(self._folder.path)]),
+        )
 
     def _is_interruption(self, error: BaseException) -> bool:
         """Tell whether a run that ends was told to; the others may have ended a moment before.
@@ -182,7 +220,7 @@ class Session:
             with contextlib.suppress(Exception):
                 return world.ask(_INTERRUPTED_KEY) is not None
             return False
-        if isinstance(error, KeyboardInterrupt) or self._interrupts.requested:
+        if isinstance(error, KeyboardInterrupt | Stopped) or self._interrupts.requested:
             with contextlib.suppress(Exception):
                 if self._others_died():
                     return False
@@ -230,17 +268,44 @@ class Session:
             bus.emit(WarningRaised(message=message, hint=note.hint))
         bus.emit(self._built.plan)
 
+    def _open_saver(self, bus: EventBus) -> Saver:
+        """Make what saves this process's part; the first one clears away what killed processes have left."""
+        run, world, length = self._recipe.run, self._built.world, self._built.length
+        seat = world.seat
+        if seat.rank == 0:
+            checkpoint.discard_unfinished(self._folder.checkpoints)
+        token = world.share(secrets.token_hex(4))
+        stops = StopRequests(
+            signalled=lambda: self._interrupts.requested,
+            board=world,
+            notice=Path(run.notice_file) if run.notice_file else None,
+            is_first=seat.rank == 0,
+        )
+        policy = CutPolicy(
+            run.interval,
+            rows=length.rows,
+            accumulation=self._recipe.method.accumulation,
+            replica=seat.replica,
+            num_replicas=seat.num_replicas,
+            stops=stops,
+            board=world,
+        )
+        return Saver(
+            self._built,
+            keeping=Keeping(self._folder.checkpoints, run.interval.epochs, run.keep_last),
+            pipeline=PipelineIdentity.of(self._plan),
+            policy=policy,
+            stops=stops,
+            photographer=self._photographer,
+            interrupts=self._interrupts,
+            stop_deadline_s=run.stop_deadline,
+            token=token,
+            wait_s=self._recipe.engine.stall_timeout,
+            saved=bus.emit,
+        )
+
     def _trainer(self, bus: EventBus) -> Trainer:
-        every = self._recipe.run.checkpoint_epochs
-
-        def save(state: TrainingState, is_best: bool, is_last: bool) -> None:
-            if is_best or is_last or state.epochs_done % every == 0:
-                saved = self._save(state, is_best)
-                if saved is not None:
-                    bus.emit(saved)
-            self._interrupts.finishing = is_last
-            self._epoch = state.epochs_done
-
+        assert self._saver is not None
         return Trainer(
             pipeline=self._built.pipeline,
             world=self._built.world,
@@ -250,11 +315,12 @@ class Session:
             settle=self._built.settle,
             trace=self._timeline.write if self._timeline is not None else None,
             diagnosis=self._diagnosis(),
+            numbers=self._numbers(),
             placement=self._built.placement,
             epochs=self._recipe.training.epochs,
             evaluate_every=self._recipe.training.evaluate_every,
             emit=bus.emit,
-            save=save,
+            saver=self._saver,
         )
 
     def _diagnosis(self) -> Diagnosis | None:
@@ -264,7 +330,20 @@ class Session:
             return None
         observable = [stage for stage in stages if isinstance(stage, Observable)]
         assert len(observable) == len(self._built.plan.stages), "checked before: all stages are here"
-        return observe(observable, every=every)
+        rows, state = self._built.length.rows, self._state
+        entered = self._built.pipeline.entered(stretch_of(state), num_microbatches=rows)
+        return observe(observable, every=every, first=state.epochs_done * rows + entered)
+
+    def _numbers(self) -> Numbers:
+        """Have the numbers of the stages in this process looked after."""
+        recipe = self._recipe
+        return Numbers(
+            self._built.pipeline.stages,
+            device=self._built.placement.device,
+            skips=recipe.training.non_finite == "skip",
+            drift_every=recipe.diagnostics.drift_every,
+            drift_limit=recipe.drift_limit,
+        )
 
     def _timeline_files(self, bus: EventBus) -> TimelineFiles:
         return TimelineFiles(
@@ -276,78 +355,6 @@ class Session:
             warn=lambda message: bus.emit(WarningRaised(message=message)),
         )
 
-    def _save(self, state: TrainingState, is_best: bool) -> CheckpointSaved | None:
-        """Write what lives here; the first process commits all of it, and tells."""
-        started = time.perf_counter()
-        world = self._built.world
-        seat = world.seat
-        draft = checkpoint.Draft(self._folder.checkpoints, epoch=state.epochs_done)
-        try:
-            return self._write(draft, state, is_best, started)
-        except BaseException:
-            if seat.rank == 0:
-                draft.discard()
-            raise
-
-    def _write(
-        self, draft: checkpoint.Draft, state: TrainingState, is_best: bool, started: float
-    ) -> CheckpointSaved | None:
-        world = self._built.world
-        seat = world.seat
-        if seat.rank == 0:
-            draft.begin()
-        world.share(None)  # nobody writes before there is room
-        written = _Written({}, {})
-        if seat.replica == 0:
-            tensors, numbers = self._own_state()
-            part = f"stage-{seat.place:02d}" if seat.num_places > 1 else ""
-            written = _Written(draft.write(tensors, part=part), numbers)
-        parts = world.gather(written)
-        if seat.rank != 0:
-            return None
-        path = draft.commit(
-            {name: total for part in parts for name, total in part.sums.items()},
-            state={
-                "training": dataclasses.asdict(state),
-                # Every stage has done the same by the end of an epoch: named by none of them.
-                "counters": dataclasses.asdict(self._built.pipeline.stages[0].counters),
-                "optimizer_numbers": {
-                    name: number for part in parts for name, number in part.numbers.items()
-                },
-            },
-        )
-        checkpoint.prune_checkpoints(
-            self._folder.checkpoints,
-            newest_epoch=state.epochs_done,
-            keep_last=self._recipe.run.keep_last,
-            best_epoch=state.best_epoch,
-        )
-        seconds = time.perf_counter() - started
-        return CheckpointSaved(epoch=state.epochs_done, path=str(path), best=is_best, seconds=seconds)
-
-    def _own_state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bool | int | float]]:
-        """Return the tensors that live here, of model and optimisers, and the optimisers' numbers."""
-        tensors: dict[str, torch.Tensor] = {}
-        numbers: dict[str, bool | int | float] = {}
-        for stage, parameters in self._stage_parameters():
-            more_tensors, more_numbers = optimizer_state(stage.updater.optimizer, parameters)
-            tensors |= more_tensors
-            numbers |= more_numbers
-        groups = {"model": self._built.network.state_dict(), "optimizer": tensors}
-        if self._built.auxiliary is not None:
-            # Apart from the model: an exported net has none.
-            groups["auxiliary"] = self._built.auxiliary.state_dict()
-        return groups, numbers
-
-    def _stage_parameters(self) -> Iterator[tuple[StageRecord, list[tuple[str, torch.nn.Parameter]]]]:
-        names = dict(self._built.network.named_parameters())
-        if self._built.auxiliary is not None:
-            names |= dict(self._built.auxiliary.named_parameters())
-        name_of = {id(p): name for name, p in names.items()}
-        for stage in self._built.pipeline.stages:
-            groups = stage.updater.optimizer.param_groups
-            yield stage, [(name_of[id(p)], p) for group in groups for p in group["params"]]
-
     def _open_bus(self) -> EventBus:
         """Subscribe the listeners: the journal hears of everything first, MLflow finds the curves drawn."""
         bus = EventBus()
@@ -358,8 +365,13 @@ class Session:
         if seat.rank != 0:
             return bus
         uri = tracking_uri(tracking.uri, directory=Path(self._recipe.run.directory))
-        bus.subscribe(Journal(path))
-        bus.subscribe(ConsoleListener(tracking=how_to_look(uri) if tracking.mlflow else ""))
+        bus.subscribe(
+            Journal(
+                path, on_warning=lambda message, hint: bus.emit(WarningRaised(message=message, hint=hint))
+            )
+        )
+        console = ConsoleListener(tracking=how_to_look(uri) if tracking.mlflow else "")
+        bus.subscribe(console)
         bus.subscribe(CurvePlotter(path))
         if self._recipe.diagnostics.every:
             bus.subscribe(DiagnosisPlotter(path))
@@ -370,7 +382,8 @@ class Session:
                     uri=uri,
                     experiment=tracking.experiment,
                     run_name=tracking.run_name or path.name,
-                    parameters=_flattened(self._recipe),
+                    parameters=as_parameters(self._recipe),
+                    on_notice=console.tell_waiting,
                     on_warning=lambda message, hint: bus.emit(WarningRaised(message=message, hint=hint)),
                 )
             )
@@ -383,7 +396,8 @@ class Session:
             method=self._short_method(),
             model=self._recipe.model.name,
             dataset=self._recipe.data.name,
-            resumed_from_epoch=state.epochs_done or None,
+            resumed_from_epoch=state.epochs_done if state != TrainingState() else None,
+            resumed_from_microbatch=state.microbatches_done or None,
         )
 
     def _short_method(self) -> str:
@@ -408,30 +422,6 @@ class Session:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Written:
-    """What one process has written of a checkpoint: checksums of files, numbers of optimisers."""
-
-    sums: dict[str, str]
-    numbers: dict[str, bool | int | float]
-
-
-def _flattened(recipe: Recipe) -> dict[str, str]:
-    """Return every key as `section.key` with its value as text, the address of a server without secrets."""
-    values = recipe.model_dump(mode="json")
-    flat = {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
-    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
-    text["tracking.uri"] = mask_credentials(text["tracking.uri"])
-    return text
-
-
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell a lack of memory from other errors; the CPU's allocator has no type of its own for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _out_of_memory(error: Exception, batch_size: int) -> RunError:
-    return RunError(
-        f"out of memory: {str(error).splitlines()[0]}",
-        hint=f"lower data.batch_size (now {batch_size}), raise method.accumulation; checkpoints are intact",
-    )

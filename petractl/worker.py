@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from petractl.processes import die_with_parent, end_process, redirect_output, reported
+from petractl.run_folder import RESOLVED, RunFolder
 
 if TYPE_CHECKING:
     from petractl.engine.world import Launch
@@ -25,7 +26,8 @@ class Start:
     """What every process of a run must know before it reads the recipe in the run folder.
 
     `info` describes the data, which need not lie on every machine. `checkpoint` is what a resumed run goes on
-    from, "" for none; `is_new` says that the folder was made for this start.
+    from, "" for none; `is_new` says that the folder was made for this start. `resolved` is the file in it
+    that holds the recipe: until all have restored what they go on from, a resumed run keeps what it has.
     """
 
     run_dir: str
@@ -37,6 +39,8 @@ class Start:
     checkpoint: str = ""
     is_new: bool = False
     trace: bool = False
+    drain: bool = False
+    resolved: str = RESOLVED
 
     def to_json(self) -> str:
         """Return it as text."""
@@ -82,19 +86,19 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
         UserError: the recipe, the data or the devices are wrong.
         RunError: the run failed.
     """
-    from petractl import build, checkpoint
+    from petractl import build
     from petractl.data import DataInfo
     from petractl.engine.trainer import TrainingState
     from petractl.engine.world import join
     from petractl.errors import Problem
     from petractl.interrupts import Interrupts
     from petractl.recipe.load import load_recipe
-    from petractl.run_folder import RunFolder
+    from petractl.saving.restore import load_own
     from petractl.session import Session, prepare_process, state_of
 
     with Interrupts(announce=launch.rank == 0).handled() as interrupts:
         folder = RunFolder(Path(start.run_dir))
-        loaded = load_recipe(folder.resolved)
+        loaded = load_recipe(folder.path / start.resolved)
         info = DataInfo(**start.info)
         plan = build.check(loaded, starting_weights=not start.checkpoint, launch=launch, info=info)
         prepare_process(plan, processes=launch.local_world_size)
@@ -114,13 +118,18 @@ def train(start: Start, launch: "Launch", store: Any) -> int:
         session.warn([Problem(*texts) for texts in start.warnings])
         state = TrainingState()
         if start.checkpoint:
-            names = built.tensor_names()
-            saved = checkpoint.load_checkpoint(
-                Path(start.checkpoint), wanted=lambda name: name.partition("/")[0] in names
-            )
+            saved = load_own(Path(start.checkpoint), built)
             session.restore(saved)
             state = state_of(saved)
+        if start.resolved != RESOLVED:
+            world.barrier()
+            if launch.rank == 0:
+                folder.adopt_resolved()
         world.begin()
+        if start.drain:
+            session.drain(state)
+            world.close()
+            return 0
         code = session.train(state)
         if code == 0:
             world.close()  # who was interrupted goes: the others may stand anywhere

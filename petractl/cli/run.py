@@ -1,11 +1,19 @@
 """`petractl run`: train."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from petractl.cli.options import RecipeArgument, SetOption
+
+
+class Resume(StrEnum):
+    """Whether `run` goes on with a run that is there."""
+
+    NEVER = "never"
+    AUTO = "auto"
 
 
 def command(
@@ -25,6 +33,14 @@ def command(
             "--trace", help="Record what each stage does when: traces/ for a viewer, plots/timeline.png."
         ),
     ] = False,
+    resume: Annotated[
+        Resume,
+        typer.Option(
+            "--resume",
+            help="auto: go on with what this command has begun before, if there is such a run.",
+            show_default=False,
+        ),
+    ] = Resume.NEVER,
 ) -> None:
     """Train by a recipe.
 
@@ -33,6 +49,7 @@ def command(
     """
     from petractl import launch
 
-    code = launch.run(recipe, directory=directory, overrides=overrides or [], trace=trace)
+    goes_on = resume is Resume.AUTO
+    code = launch.run(recipe, directory=directory, overrides=overrides or [], trace=trace, goes_on=goes_on)
     if code:
         raise typer.Exit(code)

@@ -4,7 +4,7 @@ The launching side is `run_workers`; everything else is for the worker. Importin
 a worker can bind its life to its parent's, and send its output to its log, before it loads anything heavy.
 """
 
-from petractl.processes.launcher import run_workers
+from petractl.processes.launcher import local_network, run_workers
 from petractl.processes.output import log_name, redirect_output
 from petractl.processes.report import (
     die_with_launcher,
@@ -13,12 +13,15 @@ from petractl.processes.report import (
     is_child_of_petractl,
     reported,
 )
+from petractl.processes.verdict import WorkersFailed
 
 __all__ = [
+    "WorkersFailed",
     "die_with_launcher",
     "die_with_parent",
     "end_process",
     "is_child_of_petractl",
+    "local_network",
     "log_name",
     "redirect_output",
     "reported",

@@ -116,6 +116,7 @@ class _Agent(LocalElasticAgent):
         self._failed_at: float | None = None
         self._grace_s = _GRACE_S
         self._kill_at: dict[int, float] = {}
+        self._killed_at: dict[int, float] = {}
 
     def endings(self) -> list[Ending]:
         """Return the ends of all workers, by rank, once `run` has returned."""
@@ -149,7 +150,7 @@ class _Agent(LocalElasticAgent):
         for rank, process in self._processes().items():
             if rank in self._ended or (code := process.poll()) is None:
                 continue
-            self._ended[rank] = (code, time.time())
+            self._ended[rank] = (code, now)
             # What it started must not outlive it; it leads a group of its own.
             _send(process.pid, signal.SIGKILL, to_group=True)
             if code == EXIT_INTERRUPTED and rank not in self._stopped:
@@ -200,15 +201,16 @@ class _Agent(LocalElasticAgent):
 
     def _kill_who_stays(self, now: float) -> None:
         for rank, pid in self._running().items():
-            over_s = now - self._kill_at.get(rank, math.inf)
-            if over_s >= _KILL_TO_GIVING_UP_S:
+            if now < self._kill_at.get(rank, math.inf):
+                continue
+            # Counted from the first kill: this process itself may have been held in between.
+            if now - self._killed_at.setdefault(rank, now) >= _KILL_TO_GIVING_UP_S:
                 raise RunError(
                     f"{self._titles[rank]} (rank {rank}) cannot be killed: the system holds it",
                     hint=f"a device or a network disk hangs; its process is {pid}",
                 )
-            if over_s >= 0:
-                self._stopped.add(rank)
-                _send(pid, signal.SIGKILL, to_group=True)
+            self._stopped.add(rank)
+            _send(pid, signal.SIGKILL, to_group=True)
 
     def _ending(self, rank: int) -> Ending:
         code, seen_at = self._ended[rank]

@@ -1,7 +1,8 @@
 """Starts the workers of a run on this machine, and tells clearly how they ended.
 
 torch's elastic agent starts and watches the processes, and holds the store in which they find each other. It
-is asked for no restarts: a run goes on from its checkpoint. Around it stands what it lacks, see `agent`.
+is asked for no restarts: whoever starts the workers again says what they go on from. Around it stands what it
+lacks, see `agent`.
 """
 
 import contextlib
@@ -19,10 +20,12 @@ from types import FrameType
 from petractl.errors import RunError
 from petractl.processes.output import LAUNCHER_LOG
 from petractl.processes.report import LAUNCHER_VARIABLE
+from petractl.processes.safe_path import safe_path
 from petractl.processes.verdict import exit_code
 
 _ELASTIC_LOGGER = "torch.distributed.elastic"
 _LOOPBACKS = ("lo", "lo0")
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 class StopSignals:
@@ -52,7 +55,7 @@ class StopSignals:
     def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.first_at is None:
-            self.first_at = time.time()
+            self.first_at = time.monotonic()
 
 
 def run_workers(
@@ -73,7 +76,9 @@ def run_workers(
 
     Raises:
         UserError: a worker found the user's input to be wrong.
-        RunError: a worker failed. The message names the first that did, with its traceback, then the others.
+        WorkersFailed: a worker failed. The message names the first that did, with its traceback, then the
+            others.
+        RunError: the workers cannot be started, or not be ended.
     """
     from petractl.processes.agent import watch_workers  # loads torch
 
@@ -87,7 +92,12 @@ def run_workers(
             endings = watch_workers(
                 command,
                 titles=titles,
-                environment={**(environment or {}), **_local_network(), LAUNCHER_VARIABLE: str(os.getpid())},
+                environment={
+                    **(environment or {}),
+                    **local_network(),
+                    **safe_path(),
+                    LAUNCHER_VARIABLE: str(os.getpid()),
+                },
                 scratch=Path(scratch),
                 log_dir=log_dir,
                 signals=signals,
@@ -101,12 +111,13 @@ def run_workers(
     return exit_code(endings, interrupted_at=signals.first_at)
 
 
-def _local_network() -> dict[str, str]:
-    """Return what keeps gloo on the loopback device: else it looks this machine's own name up."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return {}
-    found = [name for _, name in socket.if_nameindex() if name in _LOOPBACKS]
-    return {"GLOO_SOCKET_IFNAME": found[0]} if found else {}
+def local_network() -> dict[str, str]:
+    """Return what keeps the messages of processes on this machine within it, where nobody has said otherwise.
+
+    Without it, gloo looks up this machine's own name, and what it finds may be open to others.
+    """
+    found = [name for _, name in socket.if_nameindex() if name in _LOOPBACKS][:1]
+    return {key: name for name in found for key in _INTERFACE_VARIABLES if key not in os.environ}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 logs/stage-02.log    logs/replica-1-stage-02.log    logs/launcher.log (what torch's launcher has to say)
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -13,6 +14,24 @@ from petractl.processes.report import is_child_of_petractl
 
 LAUNCHER_LOG = "launcher.log"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _LogHandler(logging.FileHandler):
+    """Writes log records to a file; says in one line, once, that the disk has no room for them."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Keep a full disk from filling the terminal with tracebacks."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(
+                    f"warning: {self.baseFilename} cannot be written: {error.strerror or error}\n"
+                )
 
 
 def log_name(title: str) -> str:
@@ -36,7 +55,7 @@ def redirect_output(log_dir: Path, rank: int, title: str) -> Path:
     path = log_dir / log_name(title)
     if rank > 0 and is_child_of_petractl():
         _write_to(path)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -8,7 +8,6 @@ the Python stack of a worker that died by a fault, or that was asked (SIGUSR1) w
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import faulthandler
 import json
 import logging
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from petractl.errors import PeerLost, RunError, Stalled, UserError
+from petractl.errors import PeerLost, RunError, Stalled, UserError, refusal
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -52,7 +51,8 @@ class Report:
     """How a worker ended, in its own words.
 
     `kind` is "lost" where another process was gone, "stalled" where a message did not come (from the rank
-    `waiting_for`). `explained`: `what` says it all, and nobody needs the traceback.
+    `waiting_for`). `explained`: `what` says it all, and nobody needs the traceback. `time` is of the clock
+    that runs evenly, the same for all processes of a machine: the other one may be set in the meantime.
     """
 
     kind: Kind
@@ -140,7 +140,7 @@ def report_of(error: BaseException, *, title: str, rank: int) -> Report:
         error = error.__context__
     trace = "".join(traceback.format_exception(error))
     kind = _kind_of(error)
-    head = Report(kind=kind, title=title, rank=rank, what="", traceback=trace, time=time.time())
+    head = Report(kind=kind, title=title, rank=rank, what="", traceback=trace, time=time.monotonic())
     if kind == "interrupted":
         return dataclasses.replace(head, what="was interrupted", explained=True)
     if isinstance(error, (UserError, RunError)):
@@ -153,9 +153,8 @@ def report_of(error: BaseException, *, title: str, rank: int) -> Report:
             waiting_for=waiting_for,
             explained=True,
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        file = f": {error.filename}" if error.filename else ""
-        return dataclasses.replace(head, what=f"no space left on the device{file}", explained=True)
+    if isinstance(error, OSError) and kind == "error" and refusal(error):
+        return dataclasses.replace(head, what=refusal(error), explained=True)
     if isinstance(error, SystemExit):
         return dataclasses.replace(head, what=f"ended itself with exit code {error.code}")
     text = str(error).strip()
@@ -168,7 +167,8 @@ def write_report(report: Report, path: Path) -> None:
     """Write a report so that both torch's launcher and ours can read it, in one step."""
     # torch takes the smallest time, in whole seconds, for the cause: what is a consequence comes later.
     is_consequence = report.kind in ("lost", "interrupted")
-    seconds = int(report.time) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
+    passed_s = time.monotonic() - report.time
+    seconds = int(time.time() - passed_s) + (_CONSEQUENCE_DELAY_S if is_consequence else 0)
     stack = report.what if report.explained else report.traceback
     about = {"py_callstack": stack, "timestamp": str(seconds)}
     record = {

@@ -29,6 +29,18 @@ _LINE_LENGTH = 160
 _LOST = re.compile(r"(.*?lost the (?:connection to .+? \(rank \d+\)|other processes)).*", re.DOTALL)
 
 
+class WorkersFailed(RunError):  # noqa: N818 (what happened is the name)
+    """A worker failed (exit code 1); `can_restart`: started again, the workers may well get further.
+
+    They would not where a worker knows why it failed (no memory, no room on the disk, a loss that is not a
+    number), and must not where they were told to stop.
+    """
+
+    def __init__(self, what: str, *, hint: str = "", can_restart: bool) -> None:
+        self.can_restart = can_restart
+        super().__init__(what, hint=hint)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
     """The end of one worker, as its parent saw it.
@@ -67,7 +79,7 @@ class Ending:
 
     @property
     def time(self) -> float:
-        """When it happened, in seconds since the epoch."""
+        """When it happened, on the clock of `time.monotonic`."""
         return self.report.time if self.report is not None else self.seen_at
 
 
@@ -75,7 +87,8 @@ def exit_code(endings: Sequence[Ending], *, interrupted_at: float | None = None)
     """Return 0, or 130 where the workers were told to stop; `interrupted_at` is when the parent was told so.
 
     Raises:
-        UserError, RunError: a worker failed; the message names the first, and how it took the others along.
+        UserError, WorkersFailed: a worker failed; the message names the first, and how it took the others
+            along.
     """
     failed = sorted((e for e in endings if e.kind in _WEIGHTS), key=_gravity)
     told_at = _told_to_stop_at(endings, interrupted_at)
@@ -85,7 +98,7 @@ def exit_code(endings: Sequence[Ending], *, interrupted_at: float | None = None)
         # What fails after that fails because the others are leaving.
         failed = [e for e in failed if e.time < told_at and e.kind != "lost"]
     if failed:
-        raise _failure(failed[0], endings)
+        raise _failure(failed[0], endings, was_stopped=told_at is not None)
     # Rank 0 is done only when everything is saved.
     return 0 if endings[0].kind == "done" else EXIT_INTERRUPTED
 
@@ -102,16 +115,24 @@ def _gravity(ending: Ending) -> tuple[float, float, int]:
     return (-min(weight, _WEIGHT_OF_STOPPED) if ending.was_stopped else -weight, ending.time, ending.rank)
 
 
-def _failure(cause: Ending, endings: Sequence[Ending]) -> UserError | RunError:
+def _failure(cause: Ending, endings: Sequence[Ending], *, was_stopped: bool) -> UserError | WorkersFailed:
     if cause.kind == "user":
         return _user_error(cause)
+    can_restart = not was_stopped and not _knows_why(cause)
     if cause.kind == "stalled":
         culprit = _culprit_of_stall(cause, endings)
         if culprit is not None:
-            return _silence(cause, culprit, endings)
+            lines, hint = _silence(cause, culprit, endings)
+            return WorkersFailed("\n".join(lines), hint=hint, can_restart=can_restart)
     headline, details = _said_of(cause)
     others = [_line(e) for e in endings if e is not cause and _is_telling(e)]
-    return RunError("\n".join([headline, *details, *others]), hint=_hint(cause))
+    what = "\n".join([headline, *details, *others])
+    return WorkersFailed(what, hint=_hint(cause), can_restart=can_restart)
+
+
+def _knows_why(cause: Ending) -> bool:
+    """Tell whether a worker failed for a reason that it would meet again."""
+    return cause.kind == "error" and cause.report is not None and cause.report.explained
 
 
 def _user_error(cause: Ending) -> UserError:
@@ -131,7 +152,8 @@ def _said_of(cause: Ending) -> tuple[str, list[str]]:
     return _line(cause), last
 
 
-def _silence(stalled: Ending, culprit: Ending, endings: Sequence[Ending]) -> RunError:
+def _silence(stalled: Ending, culprit: Ending, endings: Sequence[Ending]) -> tuple[list[str], str]:
+    """Return what is told of a stall, and the hint."""
     victims = [e for e in endings if e.kind == "stalled" and e is not culprit]
     waited = [e.place for e in victims if e.report and e.report.waiting_for == culprit.rank] or [
         e.place for e in victims
@@ -140,7 +162,7 @@ def _silence(stalled: Ending, culprit: Ending, endings: Sequence[Ending]) -> Run
     lines += _stack(culprit, "it stood here:")
     lines += [_line(e) for e in endings if e is not culprit and _is_telling(e)]
     hints = [stalled.report.hint if stalled.report else "", _log_hint(culprit)]
-    return RunError("\n".join(lines), hint="; ".join(hint for hint in hints if hint))
+    return lines, "; ".join(hint for hint in hints if hint)
 
 
 def _culprit_of_stall(stalled: Ending, endings: Sequence[Ending]) -> Ending | None:
