@@ -4,6 +4,8 @@ Every error names what is wrong, where, and what to do about it. The command lin
 exit code 2 and a `RunError` into exit code 1; anything else is a bug of ours and keeps its traceback.
 """
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +44,30 @@ class DataError(UserError):
 
 class RunError(_ExplainedError):
     """The run failed although its input was right (exit code 1)."""
+
+
+def refusal(error: OSError) -> str:
+    """Return what the system refuses, and for which file, in words; "" where it is no refusal but a bug."""
+    if error.errno not in _REFUSALS:
+        return ""
+    words = "no space left on the device"
+    if error.errno != errno.ENOSPC:
+        words = (error.strerror or os.strerror(error.errno)).lower()
+    return f"{words}: {error.filename}" if error.filename else words
+
+
+_REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 
 
 class PeerLost(RunError):  # noqa: N818 (what happened is the name)

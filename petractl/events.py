@@ -38,7 +38,8 @@ class RunStarted(Event):
     method: str
     model: str
     dataset: str
-    resumed_from_epoch: int | None = None  # the last epoch that the checkpoint holds; None: not resumed
+    resumed_from_epoch: int | None = None  # the last whole epoch that the checkpoint holds; None: not resumed
+    resumed_from_microbatch: int | None = None  # of the epoch after that, as many are done; None: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,39 @@ class GradientsDiagnosed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class UpdatesSkipped(Event):
+    """A stage has left updates out in an epoch: something was not finite (`training.non_finite = "skip"`).
+
+    What was not, and where, is of the first of them; None where only a replica beside this one saw it.
+    """
+
+    name: ClassVar[str] = "updates_skipped"
+    epoch: int
+    stage: int
+    replica: int
+    count: int
+    kind: str | None  # "activation", "loss", "gradient", "parameter gradient", or a "received ..." one
+    unit: int | None  # its place in the net; None for the loss and what was received
+    unit_name: str
+    microbatch: int | None  # since the start of training, from 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructionChecked(Event):
+    """How far the inputs that a stage's reversible units rebuilt were from the true ones: the worst one's."""
+
+    name: ClassVar[str] = "reconstruction_checked"
+    epoch: int
+    stage: int
+    replica: int
+    unit: int  # its place in the net
+    unit_name: str
+    microbatch: int  # since the start of training, from 0
+    error: float  # |rebuilt - true| / |true|, over a few samples
+    checks: int  # microbatches looked at in the epoch
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated(Event):
     """The model was evaluated on every sample of a split."""
 
@@ -221,10 +255,11 @@ class CheckpointSaved(Event):
     """A checkpoint lies on disk, complete."""
 
     name: ClassVar[str] = "checkpoint_saved"
-    epoch: int
+    epoch: int  # the last one done, or the one it was made in
     path: str
     best: bool  # the best top-1 so far
-    seconds: float
+    seconds: float  # from when the first stage stood there until all was on disk; training goes on meanwhile
+    microbatch: int | None = None  # microbatches of that epoch that are done; None at the end of an epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +289,25 @@ class RunFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunInterrupted(Event):
-    """The run was told to stop, and saved what it needs to go on."""
+    """The run was told to stop: it saved where it was, or its last checkpoint stands."""
 
     name: ClassVar[str] = "run_interrupted"
-    epoch: int
+    epoch: int  # in which it goes on
     resume_command: str
+    microbatch: int | None = None  # after so many of that epoch's microbatches; None: from its start
+    cause: str = ""  # what told it to stop
+
+
+@dataclass(frozen=True, slots=True)
+class RunRestarted(Event):
+    """All processes of a run start again, without a person, after one of them was killed or failed."""
+
+    name: ClassVar[str] = "run_restarted"
+    restart: int  # 1 for the first one of a launch
+    of: int  # that may be: engine.max_restarts, or torchrun's --max-restarts
+    reason: str
+    epoch: int  # it goes on in
+    microbatch: int  # microbatches of that epoch that are done; 0: it starts from its beginning
 
 
 @dataclass(frozen=True, slots=True)

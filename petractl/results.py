@@ -29,7 +29,7 @@ def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
     plan = build.check(_recipe(folder), starting_weights=False, test_only=True)
     torch.set_num_threads(build.num_threads(plan.recipe))
     network = build.build_network(plan)
-    network.load_state_dict(saved.tensors["model"])
+    _load(network, saved, where=str(run))
     network.to(plan.device)
     scores = evaluate_network(
         network, build.evaluation_data(plan), placement=build.evaluation_placement(plan)
@@ -59,6 +59,18 @@ def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+
+
+def _load(network: torch.nn.Module, saved: Checkpoint, *, where: str) -> None:
+    try:
+        network.load_state_dict(saved.tensors["model"])
+    except (RuntimeError, KeyError) as error:
+        first = "".join(str(error).splitlines()[1:2]).strip()[:200]
+        raise RunError(
+            f"its resolved.toml describes another net than {saved.path.name} has: {first}",
+            where=where,
+            hint="put back the resolved.toml that the run was trained with",
+        ) from None
 
 
 def _recipe(folder: RunFolder) -> LoadedRecipe:

@@ -14,6 +14,7 @@ import typer
 from petractl.cli import (
     bench,
     compare,
+    doctor,
     export,
     ls,
     partition,
@@ -23,6 +24,7 @@ from petractl.cli import (
     show,
     simulate,
     sweep,
+    sync,
     validate,
 )
 from petractl.cli import eval as eval_
@@ -48,6 +50,7 @@ COMMANDS = (
     Command("eval", eval_.command, _TRAIN),
     Command("export", export.command, _TRAIN),
     Command("sweep", sweep.command, _TRAIN),
+    Command("sync", sync.command, _TRAIN),
     Command("bench", bench.command, _LOOK),
     Command("compare", compare.command, _LOOK),
     Command("partition", partition.command, _LOOK),
@@ -55,6 +58,7 @@ COMMANDS = (
     Command("validate", validate.command, _LOOK),
     Command("show", show.command, _LOOK),
     Command("ls", ls.command, _LOOK),
+    Command("doctor", doctor.command, _LOOK),
 )
 
 

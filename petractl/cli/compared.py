@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from petractl.cli.report import write_out
 from petractl.cli.table import write_table
-from petractl.errors import UserError
+from petractl.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from petractl.cli.recipe_pipeline import Source
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from petractl.planning.simulated import Simulated
     from petractl.planning.times import Link, StageTimes
 
+_MOST_FORWARDS = 2_000_000  # of all stages: half a minute of simulation
 _HEADER = ("stage", "ms", "idle simulated", "measured", "staleness simulated", "measured")
 
 
@@ -50,19 +51,23 @@ def write_comparison(
             where=str(run),
             hint="compare a run with one stage per process",
         )
+    _check_length(measured, where=str(run))
     times, said = measured.times(), "what each stage of the run computed"
     links: Link | tuple[Link, ...] = link or Link()
     if recipe is not None:
         pipeline = recipe_pipeline(recipe, overrides=overrides, source=source)
         _check_stages(pipeline.num_stages, recipe, measured=measured, where=str(run))
         times, links, said = pipeline.times(pipeline.own()), pipeline.links(link), pipeline.note
-    simulated = simulate(
-        measured.schedule_to_simulate,
-        times,
-        link=links,
-        accumulation=measured.accumulation,
-        num_microbatches=measured.num_microbatches,
-    )
+    try:
+        simulated = simulate(
+            measured.schedule_to_simulate,
+            times,
+            link=links,
+            accumulation=measured.accumulation,
+            num_microbatches=measured.num_microbatches,
+        )
+    except ValueError as error:  # a journal that is damaged
+        raise DataError(f"the journal tells what cannot be: {error}", where=str(run)) from None
     assert simulated.seconds is not None
     images_per_s = measured.samples / simulated.seconds
     if as_json:
@@ -77,6 +82,17 @@ def write_comparison(
     what = "epoch" if measured.epochs == 1 else f"{measured.epochs} epochs"
     length = f"of {measured.num_microbatches} microbatches"
     sys.stderr.write(f"times: {said}; measured: the mean of {what} {length}\n")
+
+
+def _check_length(measured: "MeasuredRun", *, where: str) -> None:
+    forwards = measured.num_microbatches * len(measured.stages)
+    if forwards > _MOST_FORWARDS:
+        size = f"{measured.num_microbatches:,} microbatches x {len(measured.stages)} stages"
+        raise UserError(
+            f"{size} are too many to simulate",
+            where=where,
+            hint=f"compare a run of at most {_MOST_FORWARDS:,} forwards an epoch, all stages together",
+        )
 
 
 def _check_stages(num_stages: int, recipe: str, *, measured: "MeasuredRun", where: str) -> None:

@@ -4,11 +4,10 @@
     hint: ...                                          exit 1   the run failed (`RunError`)
                                                        exit 130 interrupted
 
-All of it goes to stderr, in colour only on a terminal and never by colour alone. Any other exception is a bug
-of ours and keeps its traceback.
+All of it goes to stderr, in colour only on a terminal and never by colour alone, without credentials and with
+nothing that a terminal would obey. Any other exception is a bug of ours and keeps its traceback.
 """
 
-import errno
 import functools
 import os
 import sys
@@ -17,7 +16,9 @@ from typing import ParamSpec
 
 import typer
 
-from petractl.errors import Problem, RecipeError, RunError, UserError
+from petractl.errors import Problem, RecipeError, RunError, UserError, refusal
+from petractl.tracking.masking import mask_credentials
+from petractl.tracking.terminal import harmless
 
 EXIT_RUN_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -49,10 +50,11 @@ def guarded(body: Callable[P, None]) -> Callable[P, None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit(EXIT_BROKEN_PIPE) from None
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            words = refusal(error)
+            if not words:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            _write("error", f"no space left on the device{f': {error.filename}' if error.filename else ''}")
+            _write("error", words)
             raise typer.Exit(EXIT_RUN_FAILED) from None
 
     return command
@@ -79,8 +81,8 @@ def show_warning(problem: Problem) -> None:
 
 
 def write_out(text: str) -> None:
-    """Write data to stdout as it is."""
-    sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
+    """Write data to stdout as it is, but for what a terminal would obey."""
+    sys.stdout.write(harmless(text if text.endswith("\n") else f"{text}\n"))
 
 
 def wants_colour() -> bool:
@@ -89,11 +91,15 @@ def wants_colour() -> bool:
 
 
 def _write_problem(problem: Problem) -> None:
-    sys.stderr.write(f"  {problem.key}: {problem.what}\n" if problem.key else f"  {problem.what}\n")
+    sys.stderr.write(f"  {_safe(f'{problem.key}: {problem.what}' if problem.key else problem.what)}\n")
     if problem.hint:
         _write("hint", problem.hint, indent="    ")
 
 
 def _write(label: str, message: str, *, indent: str = "") -> None:
     head = f"{_STYLES[label]}{label}:{_RESET}" if wants_colour() else f"{label}:"
-    sys.stderr.write(f"{indent}{head} {message}\n")
+    sys.stderr.write(f"{indent}{head} {_safe(message)}\n")
+
+
+def _safe(message: str) -> str:
+    return harmless(mask_credentials(message))

@@ -5,6 +5,7 @@ skipped, and what is not known stays empty.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def _records(journal: Path) -> Iterator[Mapping[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             yield record
@@ -75,9 +76,13 @@ def _add(summary: RunSummary, record: Mapping[str, Any]) -> None:
             summary.status = "unfinished"
         case "plan_made":
             summary.epochs = record.get("epochs")
-        case "epoch_trained":
-            summary.epochs_done = max(summary.epochs_done, record.get("epoch") or 0)
-        case "evaluated" if isinstance(record.get("top1"), (int, float)):
+        case "epoch_trained" if isinstance(record.get("epoch"), int):
+            summary.epochs_done = max(summary.epochs_done, record["epoch"])
+        case "evaluated" if _is_finite(record.get("top1")):
             summary.best_top1 = round(max(summary.best_top1 or 0.0, record["top1"]), 2)
         case str(name) if name in _ENDINGS:
             summary.status = _ENDINGS[name]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,10 +1,13 @@
 """What the journal of a run tells of its stages: what they were, how long they computed, how long they idled.
 
-The first epoch of several is left out: libraries warm up in it.
+The first epoch of several is left out: libraries warm up in it. A journal that is damaged, although its lines
+are JSON, is told as that.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -68,11 +71,26 @@ def measured_run(records: Sequence[Mapping[str, Any]], *, where: str) -> Measure
     """Read the journal's records.
 
     Raises:
-        DataError: no epoch was measured stage by stage.
+        DataError: no epoch was measured stage by stage, or what is told of them cannot be.
     """
-    plans = [record for record in records if record["event"] == "plan_made"]
-    rows = [r for r in records if r["event"] == "stage_measured" and r["compute_percent"] is not None]
-    trained = {record["epoch"]: record for record in records if record["event"] == "epoch_trained"}
+    try:
+        measured = _measured_run(records, where=where)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        what = f"the journal is damaged ({type(error).__name__}: {error})"
+        raise DataError(what, where=where, hint="give another run") from None
+    if not _is_possible(measured):
+        raise DataError("the journal tells what cannot be", where=where, hint="give another run")
+    return measured
+
+
+def _measured_run(records: Sequence[Mapping[str, Any]], *, where: str) -> MeasuredRun:
+    of_event = {
+        name: [record for record in records if record.get("event") == name]
+        for name in ("plan_made", "stage_measured", "epoch_trained")
+    }
+    plans = of_event["plan_made"]
+    rows = [row for row in of_event["stage_measured"] if row["compute_percent"] is not None]
+    trained = {record["epoch"]: record for record in of_event["epoch_trained"]}
     epochs = sorted({row["epoch"] for row in rows} & set(trained))
     if not plans or not epochs:
         raise DataError(
@@ -114,4 +132,22 @@ def _stage(index: int, rows: Sequence[Mapping[str, Any]], *, microbatches: int) 
         slot_s=fmean(row["seconds"] * row["compute_percent"] / 100.0 for row in rows) / microbatches,
         idle_percent=fmean(row["idle_percent"] for row in rows),
         staleness_updates=fmean(staleness) if staleness else None,
+    )
+
+
+def _is_possible(run: MeasuredRun) -> bool:
+    """Tell whether values are of their type and in their limits; a damaged journal may hold any."""
+    wholes = (run.accumulation, run.replicas, run.num_microbatches, *run.lookahead)
+    percents = [stage.idle_percent for stage in run.stages]
+    staleness = [s.staleness_updates for s in run.stages if s.staleness_updates is not None]
+    times = [run.seconds, *(stage.slot_s for stage in run.stages)]
+    return (
+        isinstance(run.method, str)
+        and isinstance(run.schedule, str)
+        and all(type(number) is int for number in wholes)
+        and min(run.accumulation, run.replicas, run.samples, run.num_microbatches) >= 1
+        and all(a >= b for a, b in pairwise(run.lookahead))
+        and run.lookahead[-1] == 0
+        and all(math.isfinite(value) for value in (*percents, *staleness))
+        and all(0.0 < seconds < math.inf for seconds in times)
     )

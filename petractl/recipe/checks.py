@@ -20,6 +20,11 @@ from petractl.recipe.schema import (
     is_import_path,
 )
 
+RESTARTS_ALONE = (
+    "several processes; one alone is started again from outside (docker --restart, systemd):"
+    " `petractl run RECIPE --dir DIR --resume auto`"
+)
+
 
 def explicit_keys(recipe: Recipe) -> frozenset[str]:
     """Return the keys (`section.key`) that were set and not left at their default."""
@@ -291,6 +296,7 @@ def _idle_engine(recipe: Recipe) -> Iterator[IdleKey]:
     if engine.mode == "in-process":
         for key in ("backend", "stall_timeout"):
             yield IdleKey(f"engine.{key}", 'engine.mode = "in-process"', "several processes")
+        yield IdleKey("engine.max_restarts", 'engine.mode = "in-process"', RESTARTS_ALONE)
     if engine.schedule != "least":
         schedule = f"engine.schedule = {shown(engine.schedule)}"
         yield IdleKey("engine.lookahead", schedule, '"least" (give lookaheads of your own as the schedule)')
@@ -319,8 +325,25 @@ def _idle_optimizer(recipe: Recipe) -> Iterator[IdleKey]:
         yield IdleKey("optimizer.decay_norm_and_bias", "optimizer.weight_decay = 0", "a weight decay above 0")
 
 
+def _idle_drift(recipe: Recipe) -> Iterator[IdleKey]:
+    """Yield the watch over rebuilt inputs, where none are rebuilt."""
+    method = recipe.method
+    rebuilding = '"petra", "reversible", and "delayed" with keep = "parameters"'
+    because = ""
+    if method.name in ("backprop", *BLOCK_METHODS):
+        because = f"method.name = {shown(method.name)}"
+    elif method.name == "delayed" and method.keep != "parameters":
+        because = f"method.keep = {shown(method.keep)}"
+    elif not recipe.diagnostics.drift_every:
+        yield IdleKey("diagnostics.drift", "diagnostics.drift_every = 0", "a number of microbatches")
+    if because:
+        yield IdleKey("diagnostics.drift", because, rebuilding)
+        yield IdleKey("diagnostics.drift_every", because, rebuilding)
+
+
 def _idle_training_and_tracking(recipe: Recipe) -> Iterator[IdleKey]:
     training = recipe.training
+    yield from _idle_drift(recipe)
     decay = f"training.lr_decay = {shown(training.lr_decay)}"
     if training.lr_decay != "multi-step":
         yield IdleKey("training.milestones", decay, '"multi-step"')

@@ -30,6 +30,7 @@ from petractl.estimator import (
     Tangents,
     Target,
 )
+from petractl.recipe.interval import Interval, parse_interval
 
 MODEL_NAMES = (
     "revnet18",
@@ -76,7 +77,6 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d*))?")
 _ONE_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
 _ENTRY = re.compile(r"[^\s./\\]+(\.[^\s./\\]+)*")
-_EPOCH_INTERVAL = re.compile(r"([1-9]\d*) epochs?")
 
 
 def _wrong(limit: str, *, choices: Sequence[str] = ()) -> PydanticCustomError:
@@ -207,9 +207,11 @@ def _devices(devices: tuple[str, ...]) -> tuple[str, ...]:
     return devices
 
 
-def _epoch_interval(value: Any) -> Any:
-    if not isinstance(value, str) or _EPOCH_INTERVAL.fullmatch(value) is None:
-        raise _wrong('must be a number of epochs, such as "1 epoch" or "5 epochs" (no other unit yet)')
+def _interval(value: Any) -> Any:
+    try:
+        parse_interval(value if isinstance(value, str) else "")
+    except ValueError as error:
+        raise _wrong(str(error)) from None
     return value
 
 
@@ -388,6 +390,8 @@ class EngineSection(_Section):
     """Number format of messages from a stage to the one before it; empty = as wire_dtype."""
     stall_timeout: float = Field(default=600.0, ge=0)
     """Seconds that a stage waits for a message before the run ends with a report; 0 = for ever."""
+    max_restarts: int = Field(default=0, ge=0, le=1_000_000)
+    """Times that all processes go on from the last checkpoint after one was killed or failed; 0 = never."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format: "float32", or "bfloat16" autocast with the streams' additions in float32."""
     threads: int = Field(default=0, ge=0, le=1024)
@@ -438,6 +442,8 @@ class TrainingSection(_Section):
     """Power of "polynomial"."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target spread evenly over all classes."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A number that is not finite stops the run ("stop"), or its update is left out and counted ("skip")."""
     evaluate_every: int = Field(default=1, ge=1)
     """Epochs from one evaluation to the next; the last epoch is always evaluated."""
 
@@ -449,15 +455,19 @@ class RunSection(_Section):
     """Seed of weights, data order, augmentation and dropout."""
     directory: str = Field(default="runs", min_length=1)
     """Folder in which run folders are made."""
-    checkpoint_every: Annotated[str, BeforeValidator(_epoch_interval)] = "1 epoch"
-    """Time between checkpoints: "N epochs"."""
-    keep_last: int = Field(default=1, ge=1)
+    checkpoint_every: Annotated[str, BeforeValidator(_interval)] = "1 epoch"
+    """Time between checkpoints: "1 epoch", "500 updates", "10 min"; training goes on meanwhile."""
+    keep_last: int = Field(default=2, ge=1)
     """Number of last checkpoints that are kept; the best one is kept besides."""
+    stop_deadline: float = Field(default=25.0, gt=0, le=86400)
+    """Seconds in which a run that is told to stop saves where it is; the last checkpoint stands otherwise."""
+    notice_file: str = ""
+    """File whose coming tells that the machine will go: the run then saves and stops; empty = none."""
 
     @property
-    def checkpoint_epochs(self) -> int:
-        """`checkpoint_every` as a number of epochs."""
-        return int(self.checkpoint_every.split()[0])
+    def interval(self) -> Interval:
+        """`checkpoint_every`, read."""
+        return parse_interval(self.checkpoint_every)
 
 
 class TrackingSection(_Section):
@@ -478,6 +488,10 @@ class DiagnosticsSection(_Section):
 
     every: int = Field(default=0, ge=0)
     """Microbatches from one comparison with backpropagation to the next; 0 = none. In-process only."""
+    drift: float = Field(default=0.0, ge=0)
+    """Relative error of rebuilt inputs that is warned of; 0 = 0.01, and 1 with "petra"."""
+    drift_every: int = Field(default=100, ge=0)
+    """Microbatches from one look at rebuilt inputs to the next, a few samples each; 0 = none."""
 
 
 class Recipe(_Section):
@@ -494,6 +508,11 @@ class Recipe(_Section):
     run: RunSection = RunSection()
     diagnostics: DiagnosticsSection = DiagnosticsSection()
     tracking: TrackingSection = TrackingSection()
+
+    @property
+    def drift_limit(self) -> float:
+        """The error of rebuilt inputs that is warned of; with petra, updates come in between."""
+        return self.diagnostics.drift or (1.0 if self.method.name == "petra" else 0.01)
 
     def with_cuts(self, cuts: Sequence[int]) -> "Recipe":
         """Return the recipe with the cuts that were chosen, in place of the rule that chose them."""

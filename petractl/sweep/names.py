@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from petractl.sweep.grid import SEED_KEY, Assignment, Setting
+from petractl.tracking.masking import mask_credentials
 
 _LONGEST = 120  # characters; file systems take 255 bytes
 _DIGEST = 8
@@ -47,7 +48,7 @@ def _last_word(key: str) -> str:
 def _word(assignment: Assignment) -> str:
     """Return a value in letters that mean nothing to a file system or a shell."""
     value = assignment.value
-    text = value if isinstance(value, str) else assignment.text
+    text = mask_credentials(value if isinstance(value, str) else assignment.text)
     word = re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)
     if not isinstance(value, str):
         return word.strip("-") if isinstance(value, (list, dict)) else word

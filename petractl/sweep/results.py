@@ -67,10 +67,12 @@ def sweep_facts(recipe_name: str, grid: Grid, directory: Path, *, overrides: Seq
         "directory": str(directory),
         "set": [mask_credentials(text) for text in overrides],
         "grid": {
-            "+".join(axis.keys): ["+".join(each.text for each in choice) for choice in axis.choices]
+            "+".join(axis.keys): [
+                mask_credentials("+".join(each.text for each in choice)) for choice in axis.choices
+            ]
             for axis in grid.axes
         },
-        "cells": [list(setting.overrides) for setting in extra],
+        "cells": [[mask_credentials(text) for text in setting.overrides] for setting in extra],
         "seeds": list(grid.seeds),
         "keys": list(grid.keys),
     }

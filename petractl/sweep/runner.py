@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from petractl.processes.safe_path import safe_path
 from petractl.sweep.cells import Cell, State
 from petractl.sweep.tether import EXIT_INTERRUPTED, tethered
 from petractl.tracking.masking import mask_credentials
@@ -198,7 +199,7 @@ def _start(job: Job) -> _Child:
 
 def _environment(job: Job, inherited: Mapping[str, str]) -> dict[str, str]:
     own = {} if job.threads is None else {THREADS_VARIABLE: str(job.threads)}
-    return {**inherited, **own}
+    return {**inherited, **safe_path(), **own}
 
 
 def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -164,7 +164,7 @@ def test_a_user_error_ends_with_2(launch) -> None:
 
 def test_the_exit_code_of_a_run_is_passed_on(launch) -> None:
     for code in (0, 1, 130):
-        launch.run = lambda recipe, *, directory, overrides, trace, code=code: code
+        launch.run = lambda recipe, *, directory, overrides, trace, goes_on, code=code: code
         assert call("run", "x").exit_code == code
 
 
@@ -212,18 +212,20 @@ def test_errors_are_coloured_on_a_terminal_only() -> None:
 def test_run_and_resume_hand_on_what_they_are_given(launch) -> None:
     seen: list[object] = []
 
-    def run(recipe, *, directory, overrides, trace) -> int:
-        seen.append((recipe, directory, overrides, trace))
+    def run(recipe, *, directory, overrides, trace, goes_on) -> int:
+        seen.append((recipe, directory, overrides, trace, goes_on))
         return 0
 
     launch.run = run
     launch.resume = lambda run, *, overrides: seen.append((run, overrides)) or 0
     call("run", "digits", "--dir", "out", "--set", "run.seed=1", "--set", "model.width=8")
     call("run", "digits", "--trace")
+    call("run", "digits", "--resume", "auto")
     call("resume", "runs/x", "--set", "training.epochs=9")
     assert seen == [
-        ("digits", Path("out"), ["run.seed=1", "model.width=8"], False),
-        ("digits", None, [], True),
+        ("digits", Path("out"), ["run.seed=1", "model.width=8"], False, False),
+        ("digits", None, [], True, False),
+        ("digits", None, [], False, True),
         (Path("runs/x"), ["training.epochs=9"]),
     ]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,10 +294,12 @@ def test_an_extended_run_killed_before_its_last_words_is_finished_too(tmp_path) 
     assert journal(folder)[-1]["event"] == "run_finished"
 
 
-def test_a_run_that_diverges_is_told_once(tmp_path) -> None:
+def test_a_run_that_diverges_stops_where_it_began(tmp_path) -> None:
     result = run(tmp_path / "run", "optimizer.lr=1e30")
-    assert result.exit_code == 0
-    assert result.stderr.count("the run has diverged") == 1
+    assert result.exit_code == 1
+    assert "the run has diverged" in result.stderr
+    assert re.search(r"of unit \d+ \([\w.]+\), stage \d+, microbatch \d+", result.stderr)
+    assert journal(tmp_path / "run")[-1]["event"] == "run_failed"
 
 
 def test_single_samples_are_refused_where_a_norm_needs_more(tmp_path) -> None:

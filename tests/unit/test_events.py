@@ -47,7 +47,7 @@ def all_events():
 
 def test_every_event_has_its_own_name():
     names = [cls.name for cls in all_events()]
-    assert len(names) == 15
+    assert len(names) == 18
     assert len(set(names)) == len(names)
     assert "event" not in names
 

@@ -63,3 +63,14 @@ def test_rank_0_keeps_the_terminal_and_logs_too(tmp_path: Path) -> None:
 def test_under_torchrun_everybody_keeps_the_terminal(tmp_path: Path) -> None:
     assert "printed" in run(1, tmp_path, ours=False)
     assert "printed" not in (tmp_path / "stage-01.log").read_text()
+
+
+def test_a_full_disk_is_told_in_one_line_and_disturbs_nothing(tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
+    code = limit + CODE + 'logging.getLogger("petractl.x").info("logged again")\nprint("the end")\n'
+    done = subprocess.run(
+        [sys.executable, "-c", code, "0", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("the end\n")
+    (told,) = [line for line in done.stderr.splitlines() if line != "from below"]
+    assert told == f"warning: {tmp_path / 'stage-00.log'} cannot be written: File too large"

@@ -9,7 +9,7 @@ import pytest
 
 from petractl.errors import RunError, UserError
 from petractl.processes.report import Kind, Report
-from petractl.processes.verdict import Ending, exit_code
+from petractl.processes.verdict import Ending, WorkersFailed, exit_code
 
 
 def done(rank: int) -> Ending:
@@ -216,3 +216,26 @@ def test_a_worker_that_a_scheduler_stopped_before_it_could_answer_is_no_failure(
         exit_code([told(0, "interrupted", at=2.0), killed(1, at=0.9, by=signal.SIGTERM)], interrupted_at=1.0)
         == 130
     )
+
+
+@pytest.mark.parametrize(
+    ("ending", "can_restart"),
+    [
+        (killed(1, at=1.0), True),
+        (Ending(title="stage 1", rank=1, exit_code=3, seen_at=1.0), True),
+        (told(1, "stalled", at=1.0, waiting_for=1), True),
+        (told(1, "lost", at=1.0), True),
+        (told(1, "error", at=1.0, explained=False), True),
+        (told(1, "error", at=1.0, what="out of memory"), False),
+    ],
+)
+def test_what_a_stage_knows_the_reason_of_is_not_tried_again(ending: Ending, can_restart: bool) -> None:
+    with pytest.raises(WorkersFailed) as caught:
+        exit_code([told(0, "lost", at=2.0), ending])
+    assert caught.value.can_restart == can_restart
+
+
+def test_who_was_told_to_stop_is_not_started_again() -> None:
+    with pytest.raises(WorkersFailed) as caught:
+        exit_code([told(0, "interrupted", at=2.0), killed(1, at=1.0)], interrupted_at=2.0)
+    assert not caught.value.can_restart

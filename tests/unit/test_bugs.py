@@ -1,0 +1,64 @@
+"""One test for every bug found by fuzzing, through the command line that it was found with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from fuzz_calls import call
+from fuzz_runs import finished_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run(), tmp_path / "run"))
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_resolved_recipe_of_another_net_is_told(run: Path) -> None:
+    """Ended in a traceback of `load_state_dict`."""
+    replace(run / "resolved.toml", "depth = 2", "depth = 3")
+    ended = call("eval", str(run))
+    assert ended.code == 1
+    assert "describes another net than epoch-0003 has" in ended.err
+    assert "units.3" in ended.err
+
+
+def test_a_journal_line_without_an_event_does_not_stop_the_simulator(run: Path) -> None:
+    """Ended in a KeyError."""
+    whole = call("simulate", "--compare", str(run)).out
+    with (run / "metrics.jsonl").open("a") as journal:
+        journal.write('{"time": 1}\n')
+    assert call("simulate", "--compare", str(run)).out == whole
+
+
+def test_a_journal_with_more_ahead_than_can_be_is_told(run: Path) -> None:
+    """Ended in a ValueError of the simulator."""
+    replace(run / "metrics.jsonl", '"lookahead":3', '"lookahead":70000')
+    ended = call("simulate", "--compare", str(run))
+    assert ended.code == 2
+    assert "the journal tells what cannot be: 70,000 microbatches ahead are too many" in ended.err
+
+
+def test_a_journal_of_an_epoch_without_end_is_not_simulated(run: Path) -> None:
+    """Simulated for hours."""
+    replace(run / "metrics.jsonl", '"steps_per_epoch":2', '"steps_per_epoch":2000000000')
+    ended = call("simulate", "--compare", str(run))
+    assert ended.code == 2
+    assert "2,000,000,000 microbatches x 4 stages are too many to simulate" in ended.err
+
+
+def test_an_epoch_that_is_no_number_is_left_out_of_the_list_of_runs(run: Path) -> None:
+    """Ended in a TypeError."""
+    with (run / "metrics.jsonl").open("a") as journal:
+        journal.write('{"event": "epoch_trained", "epoch": [null]}\n')
+        journal.write('{"event": "evaluated", "top1": 1e999}\n')
+        journal.write("[" * 100_000 + "\n")
+    listed = call("ls", "runs", "--directory", str(run.parent), "--json")
+    assert listed.code == 0
+    assert [(row["epochs_done"], row["status"]) for row in json.loads(listed.out)] == [(3, "finished")]
