@@ -95,7 +95,7 @@ def run_workers(
                 environment={
                     **(environment or {}),
                     **local_network(),
-                    **safe_path(),
+                    **safe_path((environment or {}).get("PYTHONPATH")),
                     LAUNCHER_VARIABLE: str(os.getpid()),
                 },
                 scratch=Path(scratch),

@@ -9,7 +9,11 @@ import os
 from pathlib import Path
 
 
-def safe_path() -> dict[str, str]:
-    """Return the variables to start Python with; petractl itself is found wherever it lies."""
-    places = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+def safe_path(python_path: str | None = None) -> dict[str, str]:
+    """Return the variables to start Python with; petractl itself is found wherever it lies.
+
+    `python_path` is the PYTHONPATH that the process would have, None for this one's.
+    """
+    given = os.environ.get("PYTHONPATH", "") if python_path is None else python_path
+    places = [str(Path(__file__).parents[2]), *given.split(os.pathsep)]
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, places)))}

@@ -112,7 +112,7 @@ def refuses(*_: object) -> None:
     raise RunError("the journal cannot be written")
 
 
-@pytest.mark.parametrize(("deadline", "shutdown_s"), [(0.0, 10.0), (60.0, 65.0)])
+@pytest.mark.parametrize(("deadline", "shutdown_s"), [(0.0, 15.0), (60.0, 75.0)])
 def test_processes_that_stop_may_take_as_long_as_they_are_given(
     train, deadline: float, shutdown_s: float
 ) -> None:
