@@ -37,6 +37,7 @@ FORMAT = 2
 READABLE = (1, 2)
 MANIFEST = "manifest.json"
 PIPELINE = "pipeline"
+_OWN_SUM = "sha256"
 
 _NAME = re.compile(r"epoch-([0-9]{1,9})(?:-microbatch-([0-9]{1,12}))?")
 _PART = re.compile(r"part-[0-9]{5}\.json")
@@ -135,16 +136,20 @@ class Draft:
     def commit(self, files: Mapping[str, str], *, state: Mapping[str, Any]) -> Path:
         """Write the manifest over these files and put the checkpoint in its place; returns that."""
         with self._refusals_told():
+            missing = [name for name in files if not (self._temporary / name).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is not there")
             for path in self._temporary.iterdir():
                 if _PART.fullmatch(path.name):
                     path.unlink()
-            manifest = {
+            body = {
                 "format": FORMAT,
                 "epoch": self._moment.epochs,
                 "microbatches": self._moment.microbatches,
                 "files": dict(files),
                 "state": dict(state),
             }
+            manifest = {**body, _OWN_SUM: _digest(body)}
             (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             _sync(self._temporary / MANIFEST)
             _sync(self._temporary)
@@ -223,6 +228,7 @@ def load_checkpoint(
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] not in READABLE:
             raise _damaged(path, f"its format is {manifest['format']}, this version reads {FORMAT}")
+        _check_manifest(path, manifest)
         tensors: dict[str, dict[str, Tensor]] = {}
         pipelines: dict[str, dict[str, Tensor]] = {}
         for name, expected in manifest["files"].items():
@@ -238,11 +244,33 @@ def load_checkpoint(
                 tensors.setdefault(group, {}).update(_read(path, name, expected, wanted))
         epoch, microbatches = int(manifest["epoch"]), int(manifest.get("microbatches", 0))
         state = manifest["state"]
-        if not isinstance(state, dict) or epoch < 0 or microbatches < 0:
-            raise _damaged(path, "its manifest is not one")
+        if not isinstance(state, dict) or Moment(epoch, microbatches) != Moment.of(path):
+            raise _damaged(path, "its manifest is another checkpoint's")
         return Checkpoint(path, epoch, tensors, state, microbatches, pipelines)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, SafetensorError, *_WRONG_VALUES) as error:
         raise _damaged(path, f"it cannot be read ({type(error).__name__}: {error})") from error
+
+
+_WRONG_VALUES = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Take the manifest's own checksum out of it, and check it; the first format had none."""
+    told = manifest.pop(_OWN_SUM, None)
+    if manifest["format"] > 1 and told != _digest(manifest):
+        raise _damaged(path, f"its {MANIFEST} is not what was written")
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    # As it is read again: keys are texts, and JSON keeps every number.
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path, name: str, expected: str, wanted: Callable[[str], bool] | None) -> dict[str, Tensor]:

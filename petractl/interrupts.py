@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: both stop a run in the same way, and neither spoils its end.
+"""Ctrl-C, SIGTERM and SIGHUP: all stop a run in the same way, and none spoils its end.
 
-Either becomes a `KeyboardInterrupt`, from the first import to the last file. While the net is trained
+Each becomes a `KeyboardInterrupt`, from the first import to the last file. While the net is trained
 (`deferred`) the first one is only noted: the run then saves where it is, within a deadline, and stops; the
 second one, or the end of the deadline, interrupts. Once all epochs are done and saved there is nothing left
 to stop: the first signal is then answered in words, and the second obeyed.
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _SAME_S = 1.0
@@ -29,6 +29,8 @@ class Interrupts:
         self.finishing = False
         self.requested = False
         """A signal has come that was not put off."""
+        self.cause = ""
+        """Its name."""
         self.is_overdue = False
         """The deadline has passed in which the run should have been saved."""
         self._answered = False
@@ -37,9 +39,10 @@ class Interrupts:
 
     @contextmanager
     def handled(self) -> Iterator["Interrupts"]:
-        """Handle both signals within the block; elsewhere than in the main thread they are someone else's."""
+        """Handle the signals within the block; elsewhere than in the main thread they are someone else's."""
         try:
-            before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n != signal.SIGHUP]
+            before = {number: signal.signal(number, self._handle) for number in numbers}
             before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_deadline)
         except ValueError:
             yield self
@@ -86,8 +89,10 @@ class Interrupts:
         if self.requested and now - self._first_at < _SAME_S:
             return
         is_first, self.requested = not self.requested, True
+        if is_first:
+            self._first_at, self.cause = now, signal.Signals(number).name
         if is_first and self._deadline_s is not None:
-            self._first_at, self._answered = now, True
+            self._answered = True
             signal.setitimer(signal.ITIMER_REAL, self._deadline_s)
             self._say(
                 f"stopping: saving where the run is, within {self._deadline_s:g} s; once more to stop now"
@@ -104,7 +109,8 @@ class Interrupts:
 
     def _say(self, words: str) -> None:
         if self._announce:
-            sys.stderr.write(f"{words}\n")
+            with suppress(OSError, ValueError):  # nobody may be there to read it
+                sys.stderr.write(f"{words}\n")
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one unless it is ignored: nohup

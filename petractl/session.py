@@ -276,7 +276,7 @@ class Session:
             checkpoint.discard_unfinished(self._folder.checkpoints)
         token = world.share(secrets.token_hex(4))
         stops = StopRequests(
-            signalled=lambda: self._interrupts.requested,
+            signalled=lambda: self._interrupts.cause,
             board=world,
             notice=Path(run.notice_file) if run.notice_file else None,
             is_first=seat.rank == 0,
@@ -285,6 +285,7 @@ class Session:
             run.interval,
             rows=length.rows,
             accumulation=self._recipe.method.accumulation,
+            ahead=self._plan.lookahead[0],
             replica=seat.replica,
             num_replicas=seat.num_replicas,
             stops=stops,

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-import annotated_types
 from fuzz_mutations import WILD_TEXT, WILD_VALUES
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
@@ -110,8 +109,8 @@ def likely_values(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
 
 def _least(field: FieldInfo) -> int:
     return max(
-        (int(limit.ge) for limit in field.metadata if isinstance(limit, annotated_types.Ge)), default=0
-    )  # type: ignore[call-overload]
+        (int(limit.ge) for limit in field.metadata if getattr(limit, "ge", None) is not None), default=0
+    )
 
 
 @st.composite

@@ -1,11 +1,12 @@
 """What checkpoints in the middle of an epoch cost: training with one every 50 updates against none.
 
-Stretches of 100 updates, in turn without and with two checkpoints (after 25 and 75), in one process; each ends
-when everything is on disk. Prints the median and the range of the ratios of neighbours, and what one
+Stretches of 100 updates, in turn without and with two checkpoints (after 25 and 75), in one process; each
+ends when everything is on disk. Prints the median and the range of the ratios of neighbours, and what one
 checkpoint takes of the training thread and of the writer's.
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -91,15 +92,14 @@ def main() -> None:
         taken.append(cutter.taken_s / len(CUTS))
         print(f"{without:.2f} s without, {with_cuts:.2f} s with: {100 * (ratios[-1] - 1):+.2f} %", flush=True)
     size = sum(f.stat().st_size for f in Path(saved[-1].path).iterdir())
+    costs = [100 * (ratio - 1) for ratio in ratios]
+    print(f"{options.recipe}: {size / 2**20:.1f} MiB; torch {torch.__version__}")
+    print(f"  {1000 * statistics.median(seconds) / len(data):.1f} ms per microbatch")
     print(
-        f"{options.recipe}: {size / 2**20:.1f} MiB, {1000 * statistics.median(seconds) / len(data):.1f} ms per "
-        f"microbatch; cost {100 * (statistics.median(ratios) - 1):+.2f} % "
-        f"({100 * (min(ratios) - 1):+.2f} to {100 * (max(ratios) - 1):+.2f}), n = {options.rounds}; per checkpoint "
-        f"{1000 * statistics.median(taken):.1f} ms of the training thread, "
-        f"{1000 * statistics.median(s.seconds for s in saved):.0f} ms until it is on disk; torch {torch.__version__}"
+        f"  cost {statistics.median(costs):+.2f} % ({min(costs):+.2f} to {max(costs):+.2f}), n = {len(costs)}"
     )
-    import shutil
-
+    print(f"  per checkpoint {1000 * statistics.median(taken):.1f} ms of the training thread,")
+    print(f"  {1000 * statistics.median(event.seconds for event in saved):.0f} ms until it is on disk")
     shutil.rmtree(folder)
 
 

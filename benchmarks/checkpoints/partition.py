@@ -54,7 +54,7 @@ def loss_of(run: Path) -> float:
 
 
 def resumed(run: Path, target: Path, stages: int) -> tuple[float, bool]:
-    """Go on with so many stages; return the epoch's loss, and whether it began with the drained parameters."""
+    """Go on with so many stages; return the epoch's loss, and whether it began with what was drained."""
     shutil.copytree(run, target)
     for path in checkpoint.checkpoint_paths(target / "checkpoints"):
         if path.name != SAVED_AT:

@@ -34,7 +34,9 @@ def command(
     ] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Look at Python, torch, GPUs, messages between processes, disk, memory, MLflow and data.
+    """Look at what this machine has and lacks.
+
+    Python, torch, GPUs, messages between processes, disk, memory, MLflow and data sets are tried.
 
     Each line says ok, warning (some runs need it, or it costs speed) or failure, and what to do. Nothing is
     left behind. Ends with exit code 1 if anything is a failure.

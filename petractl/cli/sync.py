@@ -48,7 +48,9 @@ class Line:
 
 
 def command(runs: _RunsArgument, uri: _UriOption = "", as_json: JsonOption = False) -> None:
-    """Send to MLflow what it missed of runs: a server that was down, slow or full, or never named.
+    """Send to MLflow what it missed of runs.
+
+    Its server was down, slow or full, or was never named.
 
     Each value is sent once, however often this is run; a run that never arrived is made. Recipe and plots
     are sent as well. Everything comes from the run folder.

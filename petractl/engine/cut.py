@@ -74,7 +74,7 @@ class Cutter(Protocol):
         ...
 
     def before_update(self, microbatch: int) -> None:
-        """Hear that the first stage is about to update, after this microbatch."""
+        """Hear that the first stage is about to give gradients to the update after this microbatch."""
         ...
 
     def after_update(self, microbatch: int) -> None:

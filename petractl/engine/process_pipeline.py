@@ -22,6 +22,7 @@ from petractl.engine.schedule import (
     Kind,
     Operation,
     Stretch,
+    closes_group,
     group_size,
     stage_operations,
 )
@@ -224,9 +225,9 @@ class ProcessPipeline:
     ) -> None:
         stage, links, i = self._stage, self._links, operation.microbatch
         size = group_size(i, num_microbatches=total, accumulation=self.accumulation)
+        if cutter is not None and links.from_below is None and self._begins_update(operation, total, size):
+            cutter.before_update(i)
         if operation.kind is Kind.UPDATE:
-            if cutter is not None and links.from_below is None:
-                cutter.before_update(i)
             with self._waits_named(operation), self._timed(operation):
                 stage.update(partial=size < self.accumulation)
         elif operation.kind is Kind.BACKWARD:
@@ -245,6 +246,13 @@ class ProcessPipeline:
                 else:
                     answer = stage.forward_backward(activation, group_size=size)
                 self._send(answer, cuts, activation.cut)
+
+    def _begins_update(self, operation: Operation, total: int, size: int) -> bool:
+        """Tell of the operation in which the first gradients leave that replicas wait for."""
+        if operation.kind is Kind.UPDATE:
+            return size == 0
+        closes = closes_group(operation.microbatch, num_microbatches=total, accumulation=self.accumulation)
+        return closes and operation.kind is not Kind.FORWARD
 
     def _timed(self, operation: Operation, *, waited_s: float = 0.0) -> AbstractContextManager[object]:
         if self.recorder is None:

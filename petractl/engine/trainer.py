@@ -198,8 +198,10 @@ class Trainer:
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))
-            self._train(epoch, state)
-            self.at_rest = replace(state, microbatches_done=self._length.rows, is_drained=True)
+            # Until all stages rest, a stop only asks for a cut: one that is through may wait for the others.
+            with self._saver.begin(state):
+                self._train(epoch, state)
+                self.at_rest = replace(state, microbatches_done=self._length.rows, is_drained=True)
             if self._world.share(self._saver.is_stopping()):
                 self._saver.save_trained(self.at_rest)
                 raise Stopped
@@ -236,7 +238,7 @@ class Trainer:
         started = time.perf_counter()
         if state.microbatches_done < self._length.rows:
             self._run_stretch(epoch, state, _Progress(self, epoch, started))
-        self.at_rest = None
+        self.poll()
         if self._numbers is not None:
             self._numbers.settle()
         report = self._report()
@@ -252,7 +254,7 @@ class Trainer:
         """Train the epoch, or what is left of it."""
         stretch, length = stretch_of(state), self._length
         start = self._pipeline.entered(stretch, num_microbatches=length.microbatches)
-        with self._saver.begin(state), self._microbatches(epoch, start=start) as microbatches:
+        with self._microbatches(epoch, start=start) as microbatches:
             self._pipeline.train(
                 microbatches,
                 num_microbatches=length.microbatches,

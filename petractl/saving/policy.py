@@ -33,13 +33,14 @@ class Board(Protocol):
 class StopRequests:
     """Whether the run is to stop: by a signal here, by a notice file here, or by what another process told.
 
-    `signalled` tells of a signal. Files and the board are looked at twice a second at most.
+    `signalled` gives the name of a signal, "" while none has come. Files and the board are looked at twice a
+    second at most.
     """
 
     def __init__(
         self,
         *,
-        signalled: Callable[[], bool],
+        signalled: Callable[[], str],
         board: Board,
         notice: Path | None,
         is_first: bool,
@@ -65,8 +66,9 @@ class StopRequests:
         return bool(self.cause)
 
     def _cause(self) -> str:
-        if self._signalled():
-            return "a signal"
+        signalled = self._signalled()
+        if signalled:
+            return signalled
         now = self._clock()
         if now - self._looked_at < LOOK_EVERY_S:
             return ""
@@ -79,8 +81,8 @@ class StopRequests:
 class CutPolicy:
     """Decides on cuts where images enter; see the module's docstring.
 
-    `rows` (microbatches of an epoch) and `accumulation` are the run's. Cuts lie on updates, but for a stop,
-    which waits for none.
+    `rows` (microbatches of an epoch) and `accumulation` are the run's, `ahead` the first stage's lookahead.
+    Cuts lie on updates, but for a stop, which waits for none.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class CutPolicy:
         *,
         rows: int,
         accumulation: int,
+        ahead: int,
         replica: int,
         num_replicas: int,
         stops: StopRequests,
@@ -98,6 +101,7 @@ class CutPolicy:
         self._interval = interval
         self._rows = rows
         self._k = accumulation
+        self._ahead = ahead
         self._replica = replica
         self._num_replicas = num_replicas
         self._stops = stops
@@ -116,9 +120,10 @@ class CutPolicy:
 
     def decide(self, microbatch: int) -> int:
         """Return the flags of a cut after this microbatch of the epoch, 0 for none."""
-        is_whole_group = (microbatch // self._k + 1) * self._k < self._rows
-        if self._num_replicas > 1 and not is_whole_group:
-            return 0  # replicas may have different microbatches in an epoch's last group
+        in_flight_end = ((microbatch + self._ahead) // self._k + 1) * self._k
+        if self._num_replicas > 1 and in_flight_end >= self._rows:
+            # Replicas may have different microbatches in an epoch's last group: none may be in flight.
+            return 0
         closes = (microbatch + 1) % self._k == 0 or microbatch + 1 == self._rows
         flags = self._due_by_updates(microbatch) if closes else 0
         if self._num_replicas == 1:

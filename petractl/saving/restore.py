@@ -49,7 +49,7 @@ class Restorer:
         """
         try:
             return self._restore()
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise RunError(

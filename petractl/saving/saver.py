@@ -76,7 +76,7 @@ class Saver:
         self._writer = BackgroundWriter("save")
         self._state = TrainingState()
         self._taken: dict[int, list[Snapshot]] = {}
-        self._taken_s = 0.0
+        self._handed_over: Moment | None = None
         self.saved_state: TrainingState | None = None
         """Where the newest checkpoint stands that rank 0 has committed in this session."""
         self.saved_path: Path | None = None
@@ -177,6 +177,9 @@ class Saver:
         self, snapshots: Sequence[Snapshot], state: TrainingState, *, started: float, is_best: bool = False
     ) -> None:
         moment = Moment(state.epochs_done, state.microbatches_done)
+        if moment == self._handed_over and not is_best:
+            return  # the same stages with the same bits: a stop, right after a checkpoint
+        self._handed_over = moment
         draft = Draft(self._keeping.folder, moment=moment, token=self._token)
         self._writer.submit(lambda: self._write_and_commit(draft, snapshots, state, started, is_best))
 

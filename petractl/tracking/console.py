@@ -47,6 +47,14 @@ _NARROW = 100  # columns; a terminal with fewer gets fewer facts
 _BAR_FROM = 116  # columns; a terminal with fewer gets no bar
 
 
+class _Console(Console):
+    """A console whose reader may go: then this listener is switched off, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Say so; rich itself would end the process."""
+        raise BrokenPipeError("nobody reads what the console says")
+
+
 class ConsoleListener:
     """Shows a run to a person; the summary of a finished run is printed by `close`, when all else has ended.
 
@@ -63,7 +71,7 @@ class ConsoleListener:
         plain_every_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._err = Console(file=stderr or sys.stderr, highlight=False, markup=False, emoji=False)
+        self._err = _Console(file=stderr or sys.stderr, highlight=False, markup=False, emoji=False)
         self._out = stdout
         self._tracking = tracking
         # FORCE_COLOR makes rich take a file for a terminal; a live line there would be noise.

@@ -172,11 +172,11 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         toml(training="milestones = [3, 2]"),
         ["training.milestones", "later than the one"],
     ),
-    "checkpoint-updates": (
-        toml(run='checkpoint_every = "500 updates"'),
-        ["run.checkpoint_every", "number of epochs"],
+    "checkpoint-unit": (
+        toml(run='checkpoint_every = "500 steps"'),
+        ["run.checkpoint_every", '"500 updates"', '"10 min"'],
     ),
-    "checkpoint-0": (toml(run='checkpoint_every = "0 epochs"'), ["run.checkpoint_every", "number of epochs"]),
+    "checkpoint-0": (toml(run='checkpoint_every = "0 epochs"'), ["run.checkpoint_every", '"1 epoch"']),
     "directory-empty": (toml(run='directory = ""'), ["run.directory: must not be empty"]),
     "paths-empty": (toml(data='name = "cifar10"\ntrain = []'), ["data.train", "a list of paths"]),
     "workers-word": (toml(data='workers = "many"'), ["data.workers", '"auto" or a whole number from 0']),

@@ -60,7 +60,12 @@ def journal(folder: Path, event: str = "") -> list[dict]:
 
 def newest_epoch(folder: Path) -> int:
     found = [path.parent.name for path in (folder / "checkpoints").glob("epoch-*/manifest.json")]
-    return max((int(name.removeprefix("epoch-")) for name in found), default=0)
+    return max((epoch_of(name) for name in found if "microbatch" not in name), default=0)
+
+
+def epoch_of(name: str) -> int:
+    """Return the epoch of a checkpoint's name, also of one in the middle of it."""
+    return int(name.split("-")[1])
 
 
 def traced(folder: Path, epoch: int = 1) -> tuple[list[dict], list[dict]]:
@@ -77,7 +82,7 @@ def traced(folder: Path, epoch: int = 1) -> tuple[list[dict], list[dict]]:
 
 def drop_checkpoints_after(folder: Path, epoch: int) -> None:
     for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("epoch-")) > epoch:
+        if epoch_of(path.name) > epoch:
             shutil.rmtree(path)
 
 

@@ -43,7 +43,11 @@ def test_saving_again_replaces(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["flip", "truncate", "missing", "manifest", "not-json", "other-format", "escape"]
+    "damage",
+    [
+        *("flip", "truncate", "missing", "manifest", "not-json", "other-format", "escape", "deep", "renamed"),
+        *("epoch-infinite", "one-bit-of-a-number", "one-bit-of-a-name", "no-checksum"),
+    ],
 )
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, damage: str) -> None:
     save(tmp_path, 1)
@@ -64,9 +68,23 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, damag
         manifest.write_text("{")
     elif damage == "other-format":
         manifest.write_text(json.dumps({**content, "format": 99}))
+    elif damage == "deep":
+        manifest.write_text("[" * 200_000)
+    elif damage == "renamed":
+        path.rename(path.with_name("epoch-0004"))
+        path = path.with_name("epoch-0004")
+    elif damage == "epoch-infinite":
+        manifest.write_text(manifest.read_text().replace('"epoch": 2', '"epoch": Infinity'))
+    elif damage == "one-bit-of-a-number":
+        manifest.write_text(manifest.read_text().replace("1.5", "1.7"))
+    elif damage == "one-bit-of-a-name":
+        manifest.write_text(manifest.read_text().replace("best", "rest"))
+    elif damage == "no-checksum":
+        del content["sha256"]
+        manifest.write_text(json.dumps(content))
     else:
         manifest.write_text(json.dumps({**content, "files": {"../epoch-0001/model.safetensors": "0"}}))
-    with pytest.raises(RunError, match="epoch-0002"):
+    with pytest.raises(RunError, match=path.name):
         load_checkpoint(path)
     newest, errors = newest_checkpoint(tmp_path)
     assert newest is not None

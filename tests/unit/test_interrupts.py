@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -21,6 +22,44 @@ def test_while_finishing_the_first_is_answered_and_the_second_obeyed(capsys) -> 
         assert "finishing" in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def signals(interrupts: Interrupts, count: int) -> None:
+    for _ in range(count):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_where_it_is_deferred_the_first_is_noted_and_one_soon_after_is_the_same(capsys) -> None:
+    with Interrupts().handled() as interrupts, interrupts.deferred(30.0):
+        signals(interrupts, 2)
+        assert interrupts.requested
+        assert "within 30 s" in capsys.readouterr().err
+
+
+def test_where_it_is_deferred_a_later_second_one_interrupts(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Interrupts().handled() as interrupts, interrupts.deferred(30.0):
+        signals(interrupts, 1)
+        now[0] += 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signals(interrupts, 1)
+
+
+def test_one_soon_after_an_interruption_does_not_interrupt_what_saves() -> None:
+    with Interrupts().handled() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            signals(interrupts, 1)
+        with interrupts.limited(30.0):
+            signals(interrupts, 1)
+
+
+def test_the_deadline_interrupts() -> None:
+    with Interrupts().handled() as interrupts, interrupts.deferred(0.05):
+        signals(interrupts, 1)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10.0)
+        assert interrupts.is_overdue
 
 
 def test_handlers_are_put_back() -> None:

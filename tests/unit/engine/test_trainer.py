@@ -151,7 +151,7 @@ def test_an_evaluation_of_nothing_is_no_best(built):
         saver=saver,
     )
     assert saver.epochs == [(False, None, False), (True, 2, True)]
-    assert saver.polls == 8
+    assert saver.polls == 10, "after each microbatch and each epoch"
 
 
 def test_a_stop_between_training_and_evaluation_is_saved_as_trained(built):

@@ -32,19 +32,20 @@ class Clock:
         return self.now
 
 
-def stops(board, clock, *, signalled=lambda: False, notice=None, is_first=True):
+def stops(board, clock, *, signalled=lambda: "", notice=None, is_first=True):
     return StopRequests(signalled=signalled, board=board, notice=notice, is_first=is_first, clock=clock)
 
 
 NEVER = Interval()
 
 
-def policy(interval=NEVER, *, replica=0, replicas=1, board=None, clock=None, **options):
+def policy(interval=NEVER, *, ahead=0, replica=0, replicas=1, board=None, clock=None, **options):
     board, clock = board or Board(), clock or Clock()
     return CutPolicy(
         interval,
         rows=ROWS,
         accumulation=K,
+        ahead=ahead,
         replica=replica,
         num_replicas=replicas,
         stops=stops(board, clock, **options),
@@ -107,7 +108,7 @@ def test_a_cut_by_time_waits_for_an_update_and_counts_from_the_last():
 
 def test_a_stop_waits_for_no_update():
     asked = []
-    p = policy(signalled=lambda: bool(asked))
+    p = policy(signalled=lambda: "SIGTERM" if asked else "")
     assert p.decide(0) == 0
     asked.append(1)
     assert p.decide(1) == SAVE | STOP
@@ -127,12 +128,12 @@ def test_a_notice_file_stops(tmp_path):
 def test_another_process_tells_the_first_of_its_signal():
     board, clock = Board(), Clock()
     first = stops(board, clock)
-    other = stops(board, clock, signalled=lambda: True, is_first=False)
+    other = stops(board, clock, signalled=lambda: "SIGTERM", is_first=False)
     assert not first.look()
     assert other.look()
     clock.now += 1.0
     assert first.look()
-    assert first.cause == "a signal"
+    assert first.cause == "SIGTERM"
 
 
 def lists(replicas_policies, until=ROWS):
@@ -165,7 +166,7 @@ def test_replicas_cut_at_the_same_rows_by_a_clock_that_only_the_first_has():
 def test_replicas_stop_together_and_only_once():
     board, clock = Board(), Clock()
     both = [
-        policy(replica=r, replicas=2, board=board, clock=clock, signalled=lambda r=r: r == 0)
+        policy(replica=r, replicas=2, board=board, clock=clock, signalled=lambda r=r: "" if r else "SIGINT")
         for r in range(2)
     ]
     assert lists(both) == [{4: SAVE | STOP}] * 2
@@ -174,3 +175,9 @@ def test_replicas_stop_together_and_only_once():
 def test_replicas_are_not_cut_in_the_last_group_where_they_may_differ():
     both = [policy(Interval(updates=1), replica=r, replicas=2) for r in range(2)]
     assert [decisions(p) for p in both] == [{3: SAVE, 7: SAVE}] * 2
+
+
+def test_nor_where_something_in_flight_is_of_that_group():
+    both = [policy(Interval(updates=1), ahead=1, replica=r, replicas=2) for r in range(2)]
+    assert [decisions(p) for p in both] == [{3: SAVE}] * 2
+    assert decisions(policy(Interval(updates=1), ahead=1)) == {3: SAVE, 7: SAVE, 9: SAVE}
