@@ -150,7 +150,8 @@ class Draft:
                 "state": dict(state),
             }
             manifest = {**body, _OWN_SUM: _digest(body)}
-            (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            # On one line: with an indent Python would encode it itself, and hold up the training thread.
+            (self._temporary / MANIFEST).write_text(json.dumps(manifest) + "\n")
             _sync(self._temporary / MANIFEST)
             _sync(self._temporary)
             self._put_in_place()

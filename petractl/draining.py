@@ -102,4 +102,6 @@ def _drain_in_processes(folder: RunFolder, saved: checkpoint.Checkpoint, plan: b
     )
     if code:
         raise KeyboardInterrupt
-    return checkpoint.checkpoint_paths(folder.checkpoints)[-1]
+    made, _ = checkpoint.newest_checkpoint(folder.checkpoints)
+    assert made is not None, "the processes have just made one"
+    return made.path

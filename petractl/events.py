@@ -116,8 +116,8 @@ class EpochTrained(Event):
     loss: float  # training loss, mean over the epoch
     top1: float  # training accuracy over the epoch, percent
     samples: int
-    images_per_s: float
-    seconds: float  # training only, without evaluation
+    images_per_s: float | None  # None where a resumed run had nothing left to train in the epoch
+    seconds: float  # training only, without evaluation, in this session
     lr: float  # of the last stage, at the end of the epoch
     update: int
     data_wait_percent: float | None = None  # share of the seconds spent waiting for data; the worst replica's

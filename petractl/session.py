@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,6 +110,7 @@ class Session:
         self._photographer = Photographer(built, bounds=bounds)
         self._saver: Saver | None = None
         self._running: Trainer | None = None
+        self._skipped: dict[int, dict[str, Any]] = {}
         self._state = TrainingState()
         self._timeline: TimelineFiles | None = None
 
@@ -122,7 +124,9 @@ class Session:
         Raises:
             RunError: the checkpoint is not one of this run.
         """
-        self._notes += Restorer(saved, state_of(saved), self._built, self._photographer).restore()
+        restorer = Restorer(saved, state_of(saved), self._built, self._photographer)
+        self._notes += restorer.restore()
+        self._skipped = restorer.skipped
 
     def drain(self, state: TrainingState) -> Path:
         """Give what is in flight its backward, save that, and return the new checkpoint; trains no further.
@@ -338,13 +342,15 @@ class Session:
     def _numbers(self) -> Numbers:
         """Have the numbers of the stages in this process looked after."""
         recipe = self._recipe
-        return Numbers(
+        numbers = Numbers(
             self._built.pipeline.stages,
             device=self._built.placement.device,
             skips=recipe.training.non_finite == "skip",
             drift_every=recipe.diagnostics.drift_every,
             drift_limit=recipe.drift_limit,
         )
+        numbers.resume(self._skipped)
+        return numbers
 
     def _timeline_files(self, bus: EventBus) -> TimelineFiles:
         return TimelineFiles(
@@ -418,7 +424,7 @@ class Session:
             final_loss=scores.loss if scores else None,
             final_top1=scores.top1 if scores else None,
             final_top5=scores.top5 if scores else None,
-            images_per_s=outcome.images / outcome.training_s if outcome.training_s else None,
+            images_per_s=outcome.images / outcome.training_s if outcome.images else None,
             peak_memory_bytes=peak_memory_bytes(self._built.placement.device),
         )
 

@@ -1,8 +1,9 @@
 """What checkpoints in the middle of an epoch cost: training with one every 50 updates against none.
 
 Stretches of 100 updates, in turn without and with two checkpoints (after 25 and 75), in one process; each
-ends when everything is on disk. Prints the median and the range of the ratios of neighbours, and what one
-checkpoint takes of the training thread and of the writer's.
+ends when everything is on disk. With `--updates N` stretches of N updates, with one checkpoint in the middle:
+for nets whose updates take seconds; what that costs is then scaled to one in 50. Prints the median and the
+range of the ratios of neighbours, and what one checkpoint takes of the training thread and of the writer's.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from petractl.recipe.load import load_recipe
 from petractl.run_folder import RunFolder
 from petractl.session import Session, prepare_process
 
-UPDATES, CUTS = 100, (25, 75)
+EVERY = 50
 
 
-class TwoCuts:
-    """A cutter that saves after the 25th and the 75th update."""
+class Cuts:
+    """A cutter that saves after some of the updates."""
 
-    def __init__(self, saver, k):
-        self._saver, self._at = saver, {count * k - 1 for count in CUTS}
+    def __init__(self, saver, k, after):
+        self._saver, self._at = saver, {count * k - 1 for count in after}
         self.taken_s = 0.0
 
     def decide(self, microbatch):
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=2 * EVERY)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoints-", dir="."))
@@ -70,7 +72,9 @@ def main() -> None:
     prepare_process(plan)
     built = build.build(plan)
     k = plan.recipe.method.accumulation
-    data = microbatches(built, UPDATES * k)
+    updates = options.updates
+    after = (EVERY // 2, EVERY + EVERY // 2) if updates == 2 * EVERY else (updates // 2,)
+    data = microbatches(built, updates * k)
     session = Session(RunFolder(folder), plan, built, interrupts=Interrupts(), recipe_name="cost")
     bus, saved = EventBus(), []
     saver = session._open_saver(bus)
@@ -85,14 +89,15 @@ def main() -> None:
     stretch(None)
     ratios, taken, seconds = [], [], []
     for _ in range(options.rounds):
-        cutter = TwoCuts(saver, k)
+        cutter = Cuts(saver, k, after)
         without, with_cuts = stretch(None), stretch(cutter)
         ratios.append(with_cuts / without)
         seconds.append(without)
-        taken.append(cutter.taken_s / len(CUTS))
+        taken.append(cutter.taken_s / len(after))
         print(f"{without:.2f} s without, {with_cuts:.2f} s with: {100 * (ratios[-1] - 1):+.2f} %", flush=True)
     size = sum(f.stat().st_size for f in Path(saved[-1].path).iterdir())
-    costs = [100 * (ratio - 1) for ratio in ratios]
+    scale = updates / EVERY / len(after)
+    costs = [100 * (ratio - 1) * scale for ratio in ratios]
     print(f"{options.recipe}: {size / 2**20:.1f} MiB; torch {torch.__version__}")
     print(f"  {1000 * statistics.median(seconds) / len(data):.1f} ms per microbatch")
     print(

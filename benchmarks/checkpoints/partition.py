@@ -44,7 +44,7 @@ keep_last = 100
 [tracking]
 mlflow = false
 """
-SAVED_AT, EPOCH = "epoch-0003-microbatch-000014", 3
+SAVED_AT, EPOCH = "epoch-0003-microbatch-000028", 3
 
 
 def loss_of(run: Path) -> float:

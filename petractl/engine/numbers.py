@@ -3,8 +3,9 @@
 Every process has those of its own stages; at the end of an epoch the first one is given what all have found.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +48,12 @@ class Numbers:
         self._drift_limit = drift_limit
         self._has_warned_of_drift = False
         self._has_warned_of_skips = False
+
+    def resume(self, skipped: Mapping[int, Mapping[str, Any]]) -> None:
+        """Go on counting in the middle of an epoch; `skipped` is by stage."""
+        for sentinel in self._sentinels:
+            if sentinel.stage in skipped:
+                sentinel.resume(skipped[sentinel.stage])
 
     def settle(self) -> None:
         """Make sure that the stages hold finite numbers; waits for the device.

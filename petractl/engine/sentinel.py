@@ -16,10 +16,10 @@ Where the device is a GPU, which is not waited for, "stop" hears of all this som
 stage that only *received* a bad number is then not the first place: it waits for the stage that was.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -208,6 +208,19 @@ class Sentinel:
         self._skipped += 1
         self._first = self._first or (places[0] if places else own)
         return False
+
+    def suspended(self) -> dict[str, Any] | None:
+        """Return what was left out since the last time, as plain values; None for nothing."""
+        if not self._skipped:
+            return None
+        first = None if self._first is None else {**asdict(self._first), "kind": str(self._first.kind)}
+        return {"count": self._skipped, "first": first}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from what `suspended` returned."""
+        first = state["first"]
+        self._skipped = state["count"]
+        self._first = None if first is None else Place(**{**first, "kind": Kind(first["kind"])})
 
     def take_skipped(self) -> SkippedUpdates | None:
         """Return what was left out since the last time."""

@@ -322,7 +322,7 @@ class Trainer:
                 loss=loss,
                 top1=100.0 * correct / samples if samples else math.nan,
                 samples=samples,
-                images_per_s=here / seconds,
+                images_per_s=here / seconds if here else None,
                 seconds=seconds,
                 lr=last[0].rate if last else math.nan,
                 update=last[0].updates if last else 0,

@@ -38,6 +38,8 @@ class Restorer:
         self._photographer = photographer
         self._replica = built.world.seat.replica
         self._device = built.placement.device
+        self.skipped: dict[int, dict[str, Any]] = {}
+        """What the stages had left out in the epoch so far."""
 
     def restore(self) -> list[Problem]:
         """Put all of it back; returns what the user should know.
@@ -110,6 +112,8 @@ class Restorer:
             tree = put_together(described, tensors, device=self._device)
             self._restore_recorded(stage, tree["recorded"])
             self._restore_open(stage, [tensors])
+            if tree["skipped"] is not None:
+                self.skipped[stage.index] = tree["skipped"]
             sent = tuple(
                 Activation(message["microbatch"], tuple(message["streams"]), message["labels"])
                 for message in tree["sent"]

@@ -101,7 +101,13 @@ class Photographer:
             {"microbatch": message.microbatch, "streams": message.streams, "labels": message.labels}
             for message in cut.sent
         ]
-        tree = {"stage": cut.state, "sent": sent, "recorded": recorded_state(stage)}
+        sentinel = getattr(stage, "sentinel", None)
+        tree = {
+            "stage": cut.state,
+            "sent": sent,
+            "recorded": recorded_state(stage),
+            "skipped": None if sentinel is None else sentinel.suspended(),
+        }
         tensors, description = taken_apart(tree, name="in_flight")
         gradients = {
             GRADIENT + name: p.grad.clone() for name, p in self.named_parameters(stage) if p.grad is not None

@@ -153,7 +153,8 @@ def epoch_line(
     """
     parts = [epoch_label(trained.epoch, epochs), f"loss {trained.loss:.3f}", f"top-1 {trained.top1:.1f} %"]
     parts += [f"{evaluated.split} top-1 {evaluated.top1:.1f} %" for evaluated in evaluations]
-    parts.append(_speed(trained.images_per_s))
+    if trained.images_per_s is not None:
+        parts.append(_speed(trained.images_per_s))
     idle = [stage.idle_percent for stage in measured if stage.idle_percent is not None]
     if idle:
         parts.append(f"idle {_range(min(idle), max(idle))} %")
