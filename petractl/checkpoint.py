@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ _OWN_SUM = "sha256"
 
 _NAME = re.compile(r"epoch-([0-9]{1,9})(?:-microbatch-([0-9]{1,12}))?")
 _PART = re.compile(r"part-[0-9]{5}\.json")
-_WRITING, _REPLACED = ".writing-", ".replaced-"
+_WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -201,7 +201,7 @@ def save_checkpoint(
 
 def discard_unfinished(folder: Path) -> None:
     """Delete what processes that were killed have left of checkpoints; put back what one was replacing."""
-    for path in sorted(folder.glob(f"{_WRITING}*")):
+    for path in (*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_REMOVING}*")):
         shutil.rmtree(path, ignore_errors=True)
     for path in sorted(folder.glob(f"{_REPLACED}*")):
         target = folder / path.name.removeprefix(_REPLACED)
@@ -228,7 +228,7 @@ def load_checkpoint(
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] not in READABLE:
-            raise _damaged(path, f"its format is {manifest['format']}, this version reads {FORMAT}")
+            raise _of_another_version(path, manifest["format"])
         _check_manifest(path, manifest)
         tensors: dict[str, dict[str, Tensor]] = {}
         pipelines: dict[str, dict[str, Tensor]] = {}
@@ -287,7 +287,7 @@ def _read(path: Path, name: str, expected: str, wanted: Callable[[str], bool] | 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """Return the committed checkpoints, oldest first."""
-    found = [(Moment.of(path.parent), path.parent) for path in folder.glob("epoch-*/" + MANIFEST)]
+    found = [(Moment.of(path), path) for path in folder.glob("epoch-*") if path.is_dir()]
     return [path for _, path in sorted((moment, path) for moment, path in found if moment is not None)]
 
 
@@ -319,10 +319,12 @@ def prune_checkpoints(
     kept = {path.name for path in (*paths[-keep_last:], *keep)} | {Moment(best_epoch or 0).folder_name}
     for path in paths:
         if path.name not in kept:
-            # Without its manifest a folder is no checkpoint: an interrupted deletion leaves no half one
-            # behind.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            # Under another name first: an interrupted deletion leaves no half checkpoint behind.
+            going = folder / f"{_REMOVING}{path.name}"
+            shutil.rmtree(going, ignore_errors=True)
+            with suppress(OSError):
+                path.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -353,6 +355,18 @@ def _has_any(path: Path, wanted: Callable[[str], bool]) -> bool:
 def _damaged(path: Path, what: str) -> RunError:
     return RunError(
         what, where=str(path), hint="`petractl resume` goes on from an earlier one, if one is whole"
+    )
+
+
+class OtherVersion(RunError):  # noqa: N818 (what it is is the name)
+    """A checkpoint that another version of petractl has made: it is not damaged, and nothing replaces it."""
+
+
+def _of_another_version(path: Path, found: object) -> OtherVersion:
+    return OtherVersion(
+        f"its format is {found}, and this version of petractl reads up to {FORMAT}",
+        where=str(path),
+        hint="a newer petractl made it: go on with that one",
     )
 
 

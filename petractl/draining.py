@@ -44,9 +44,10 @@ def drained_first(
         return saved, []
     new = _drain(folder, saved)
     done = new.microbatches - saved.microbatches
+    count = f"{done} microbatch{'es' if done != 1 else ''}"
     what = (
-        f"another pipeline ({why}): what was in flight is drained first, {done} microbatches of epoch "
-        f"{saved.epoch + 1}; it goes on from {new.path.name}"
+        f"another pipeline ({why}): what was in flight is drained first, {count} of epoch {saved.epoch + 1}; "
+        f"it goes on from {new.path.name}"
     )
     return new, [Problem("partition", what, "with the same cuts and schedule it would have the same bits")]
 

@@ -245,11 +245,13 @@ def _unchosen(loaded: LoadedRecipe, overrides: Sequence[str]) -> LoadedRecipe:
 
 def _check_length(state: TrainingState, loaded: LoadedRecipe) -> None:
     done, wanted = state.epochs_done, loaded.recipe.training.epochs
-    if wanted < done:
+    begun = state.microbatches_done > 0
+    if wanted < done + begun:
+        has_begun = f", and epoch {done + 1} has begun" if begun else ""
         raise UserError(
-            f"{wanted} epochs are asked for, but {done} are done",
+            f"{wanted} epochs are asked for, but {done} are done{has_begun}",
             where="training.epochs",
-            hint=f"give {done} or more",
+            hint=f"give {done + begun} or more",
         )
 
 

@@ -88,7 +88,7 @@ def restarted(start: Start, *, reason: str, restart: int, of: int) -> Start:
     """Return how the processes of a run start again; the journal and the terminal are told.
 
     Raises:
-        RunError: there are checkpoints, but none of them is whole.
+        RunError: there are checkpoints, but none of them is whole; or a newer one is of another version.
     """
     folder = RunFolder(Path(start.run_dir))
     saved, damaged = newest_whole_checkpoint(folder)
@@ -130,9 +130,12 @@ def newest_whole_checkpoint(folder: RunFolder) -> tuple[checkpoint.Checkpoint | 
     """Return the newest whole checkpoint, None where there is none at all, and what is wrong with newer ones.
 
     Raises:
-        RunError: there are checkpoints, but none of them is whole.
+        RunError: there are checkpoints, but none of them is whole; or a newer one is of another version.
     """
     saved, damaged = checkpoint.newest_checkpoint(folder.checkpoints)
+    for error in damaged:
+        if isinstance(error, checkpoint.OtherVersion):
+            raise error
     if saved is None and damaged:
         raise RunError(
             f"no checkpoint is whole: {'; '.join(f'{e.where}: {e.what}' for e in damaged)}",

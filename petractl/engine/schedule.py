@@ -166,8 +166,8 @@ def stage_operations(
             yield Operation(Kind.BACKWARD, i)
         if closes_group(i, num_microbatches=num_microbatches, accumulation=accumulation):
             yield Operation(Kind.UPDATE, i)
-    if end < num_microbatches:
-        return
+    if stretch.end(rows) < rows:
+        return  # the updates of rows that this replica has not come later
     made = num_updates(num_microbatches=num_microbatches, accumulation=accumulation)
     for group in range(made, num_updates(num_microbatches=rows, accumulation=accumulation)):
         yield Operation(Kind.UPDATE, min((group + 1) * accumulation, rows) - 1)

@@ -170,7 +170,7 @@ class MlflowTracker:
             worker.end()
         if not self._done:
             waited = f"not everything was sent within {time.monotonic() - start_s:.1f} s of the end"
-            self._tell_left("its process ended early" if worker.ended else waited)
+            self._tell_left("not everything could be sent" if worker.ended else waited)
 
     def _wait(self, worker: WorkerProcess, start_s: float) -> None:
         last_s, told = start_s, False

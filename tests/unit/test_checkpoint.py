@@ -9,7 +9,9 @@ import torch
 
 from petractl.checkpoint import (
     Moment,
+    OtherVersion,
     checkpoint_paths,
+    discard_unfinished,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
@@ -148,3 +150,21 @@ def test_damaged_later_ones_do_not_push_out_the_whole_one(tmp_path) -> None:
 
 def test_there_is_none_in_an_empty_folder(tmp_path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
+
+
+def test_one_of_a_newer_version_is_not_called_damaged(tmp_path) -> None:
+    path = save(tmp_path, 1)
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(OtherVersion, match="a newer petractl made it"):
+        load_checkpoint(path)
+
+
+def test_what_killed_processes_left_is_cleared_away_and_what_was_being_replaced_is_put_back(tmp_path) -> None:
+    whole, other = save(tmp_path, 1), save(tmp_path, 2)
+    (tmp_path / ".writing-epoch-0003-abcd").mkdir()
+    other.rename(tmp_path / ".removing-epoch-0002")
+    whole.rename(tmp_path / ".replaced-epoch-0001")
+    discard_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
+    assert load_checkpoint(whole).epoch == 1

@@ -9,6 +9,8 @@ import pytest
 from petractl.engine.schedule import (
     Kind,
     Operation,
+    Stretch,
+    closes_group,
     group_size,
     lookaheads,
     num_updates,
@@ -261,3 +263,46 @@ def test_invalid_numbers():
             list(stage_operations(lookahead=0, num_microbatches=M, accumulation=k, is_last=False))
     with pytest.raises(ValueError, match="num_rows = 2 is less than num_microbatches = 3"):
         operations(lookahead=(0,), num_microbatches=3, accumulation=1, num_rows=2)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_the_rest_after_a_cut_is_the_end_of_the_whole_list(lookahead: int, k: int, is_last: bool) -> None:
+    options = {
+        "lookahead": 0 if is_last else lookahead,
+        "num_microbatches": 7,
+        "accumulation": k,
+        "is_last": is_last,
+    }
+    whole = list(stage_operations(**options))
+    for m in range(7):
+        rest = list(stage_operations(**options, stretch=Stretch(after=m)))
+        assert rest == whole[len(whole) - len(rest) :]
+        done = whole[: len(whole) - len(rest)]
+        closes = closes_group(m, num_microbatches=7, accumulation=k)
+        assert done[-1].microbatch == m
+        assert done[-1].kind is Kind.UPDATE if closes else done[-1].kind is not Kind.FORWARD
+        entered = Stretch(after=m).entered(lookahead=options["lookahead"], num_microbatches=7)
+        forwards = [op for op in done if op.kind in (Kind.FORWARD, Kind.FORWARD_BACKWARD)]
+        assert len(forwards) == entered
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_replicas_that_drain_and_go_on_make_the_same_updates(k: int) -> None:
+    """Rows 0 ... 8, of which replica 1 lacks the last; what was in flight lies in whole groups."""
+
+    def updates(count: int, stretch: Stretch) -> list[int]:
+        operations = stage_operations(
+            lookahead=1, num_microbatches=count, accumulation=k, is_last=False, num_rows=9, stretch=stretch
+        )
+        return [op.microbatch // k for op in operations if op.kind is Kind.UPDATE]
+
+    for m in range(9 - k):
+        until = m + 2
+        if (until - 1) // k == 8 // k:
+            continue
+        drained, rest = Stretch(after=m, until=until), Stretch(first=until)
+        assert updates(9, drained) == updates(8, drained)
+        assert updates(9, rest) == updates(8, rest)
+        assert updates(9, drained) + updates(9, rest) == list(range((m + 1) // k, -(-9 // k)))

@@ -161,7 +161,7 @@ def test_a_process_that_cannot_start_its_work_costs_one_warning(run_dir, monkeyp
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     warnings, close_s = track(run_dir, make_run(run_dir), uri="http://127.0.0.1:1")
     assert [warning.partition("\n")[0] for warning in warnings] == [
-        "MLflow at http://127.0.0.1:1: its process ended early"
+        "MLflow at http://127.0.0.1:1: not everything could be sent"
     ]
     assert close_s < 5.0
 
@@ -240,7 +240,7 @@ def test_what_was_left_after_a_warning_is_no_second_warning(run_dir, monkeypatch
     settings = {"stall_s": 30.0, "on_notice": notices.append}
     warnings, close_s = track(run_dir, make_run(run_dir), uri="http://127.0.0.1:1", **settings)
     assert [warning.partition("\n")[0] for warning in warnings] == ["MLflow at http://127.0.0.1:1: no"]
-    assert notices[-1] == f"MLflow: its process ended early; later: petractl sync {run_dir}"
+    assert notices[-1] == f"MLflow: not everything could be sent; later: petractl sync {run_dir}"
     assert close_s < 20.0
 
 
