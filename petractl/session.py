@@ -278,6 +278,10 @@ class Session:
         seat = world.seat
         if seat.rank == 0:
             checkpoint.discard_unfinished(self._folder.checkpoints)
+            if run.notice_file and Path(run.notice_file).exists():
+                what = f"{run.notice_file} is there already: an old notice, which stops nothing"
+                hint = "only its coming, or a change of it, stops the run; delete it"
+                self._notes.append(Problem("run.notice_file", what, hint))
         token = world.share(secrets.token_hex(4))
         stops = StopRequests(
             signalled=lambda: self._interrupts.cause,

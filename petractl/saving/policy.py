@@ -33,8 +33,9 @@ class Board(Protocol):
 class StopRequests:
     """Whether the run is to stop: by a signal here, by a notice file here, or by what another process told.
 
-    `signalled` gives the name of a signal, "" while none has come. Files and the board are looked at twice a
-    second at most.
+    `signalled` gives the name of a signal, "" while none has come. A notice that is there at the start is an
+    old one, of another machine: only its coming, or a change, counts. Files and the board are looked at twice
+    a second at most.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class StopRequests:
         self._signalled = signalled
         self._board = board
         self._notice = notice
+        self._notice_at_start = _signature(notice)
         self._is_first = is_first
         self._clock = clock
         self._looked_at = float("-inf")
@@ -73,9 +75,18 @@ class StopRequests:
         if now - self._looked_at < LOOK_EVERY_S:
             return ""
         self._looked_at = now
-        if self._notice is not None and self._notice.exists():
+        if _signature(self._notice) not in (None, self._notice_at_start):
             return f"the notice {self._notice}"
         return (self._board.ask(_STOP_KEY) or "") if self._is_first else ""
+
+
+def _signature(path: Path | None) -> tuple[int, int] | None:
+    """Return what tells a file from another one in its place; None for no file."""
+    try:
+        found = path.stat() if path is not None else None
+    except (OSError, ValueError):
+        return None
+    return None if found is None else (found.st_ino, found.st_mtime_ns)
 
 
 class CutPolicy:

@@ -134,7 +134,7 @@ class JournalTail:
 def _decode(line: bytes) -> dict[str, object] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

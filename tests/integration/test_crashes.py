@@ -167,6 +167,24 @@ def check_counts(run: Path) -> None:
     assert counters["forwards"] == counters["backwards"] == EPOCHS * MICROBATCHES
 
 
+def check_that_the_stop_was_saved(run: Path) -> None:
+    """Nothing that was told as done is lost by a stop: it goes on no further back than what was in flight."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    started = max(n for n, record in enumerate(lines) if record["event"] == "run_started")
+    session, end = lines[started:], lines[-1]
+    done = [(r["epoch"], r["microbatches"]) for r in session if r["event"] == "steps_done"]
+    assert end["event"] == "run_interrupted"
+    told = (end["epoch"], end["microbatch"] or 0)
+    folders = [path.name for path in (run / "checkpoints").glob("epoch-*")]
+    if told != (1, 0):
+        epoch, microbatches = told
+        in_mid_epoch = f"epoch-{epoch:04d}-microbatch-{microbatches:06d}"
+        assert (in_mid_epoch if microbatches else f"epoch-{epoch - 1:04d}") in folders
+    if done:
+        epoch, microbatches = done[-1]
+        assert told >= (epoch, microbatches - (STAGES - 1)), (told, done[-1])
+
+
 def crash(folder: Path, case: Case, expected: bytes) -> None:
     draw = random.Random(case.seed)
     recipe(folder, case.method, case.mode)
@@ -183,6 +201,8 @@ def crash(folder: Path, case: Case, expected: bytes) -> None:
             process.kill()
         assert code in (0, 1, 130, -signal.SIGKILL, -signal.SIGTERM), (log, code)
         assert not list((run / "checkpoints").glob(".replaced-*")), log
+        if code == 130 and journal_of(run, "run_interrupted"):
+            check_that_the_stop_was_saved(run)
         wait_until_gone(began)
     assert bits(train(folder, case.method, case.mode)) == expected, log
     check_counts(run)

@@ -1,5 +1,7 @@
 """When a run is saved: by updates, by time, because it is told to stop; the same on all replicas."""
 
+import os
+
 import pytest
 
 from petractl.engine.cut import SAVE, STOP
@@ -123,6 +125,18 @@ def test_a_notice_file_stops(tmp_path):
     clock.now += 1.0
     assert p.decide(2) == SAVE | STOP
     assert str(notice) in p._stops.cause
+
+
+def test_a_notice_that_was_there_before_is_an_old_one_until_it_changes(tmp_path):
+    clock, notice = Clock(), tmp_path / "notice"
+    notice.touch()
+    p = policy(clock=clock, notice=notice)
+    assert p.decide(0) == 0
+    clock.now += 1.0
+    assert p.decide(1) == 0
+    os.utime(notice, (1, 1))
+    clock.now += 1.0
+    assert p.decide(2) == SAVE | STOP
 
 
 def test_another_process_tells_the_first_of_its_signal():
