@@ -35,6 +35,9 @@ _SILENT = "its processes ended without a word"
 _ENDS = (RunFinished.name, RunInterrupted.name, RunFailed.name)
 
 
+_LATEST_S = 1e12  # seconds since 1970
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """What the journal of a run tells: its recipe, when it began, and how its last session ended.
@@ -63,7 +66,10 @@ def told_by_journal(folder: RunFolder) -> Told:
     for record in records:
         event, when = record.get("event"), record.get("time")
         if event == RunStarted.name:
-            began_s = float(when) if isinstance(when, (int, float)) else None
+            # A damaged journal may hold an integer that no float can.
+            began_s = None
+            if isinstance(when, (int, float)) and abs(when) < _LATEST_S:
+                began_s = float(when)
             told = Told(
                 recipe_name=told.recipe_name or str(record.get("recipe_name", "")),
                 began_s=began_s if told.began_s is None else told.began_s,

@@ -8,6 +8,9 @@ import pytest
 from fuzz_calls import call
 from fuzz_runs import finished_run
 
+from petractl.restarts import told_by_journal
+from petractl.run_folder import RunFolder
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
@@ -62,3 +65,10 @@ def test_an_epoch_that_is_no_number_is_left_out_of_the_list_of_runs(run: Path) -
     listed = call("ls", "runs", "--directory", str(run.parent), "--json")
     assert listed.code == 0
     assert [(row["epochs_done"], row["status"]) for row in json.loads(listed.out)] == [(3, "finished")]
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"event": "run_started", "time": 1' + "0" * 400 + "}"])
+def test_a_damaged_line_of_the_journal_tells_nothing(tmp_path, line) -> None:
+    """Deep brackets were a RecursionError, and a time too large for a float an OverflowError."""
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    assert told_by_journal(RunFolder(tmp_path)).began_s is None
