@@ -107,7 +107,7 @@ def prepare_run(
         RunError: the folder cannot be written.
     """
     loaded = load_recipe(recipe, overrides=overrides)
-    _check_tracking(loaded)
+    check_tracking(loaded)
     plan = build.check(loaded, launch=launch)
     built = _built(plan, None)
     warnings = (*loaded.warnings, *_restart_warnings(plan, launch))
@@ -190,7 +190,7 @@ def prepare_resume(
     _check_resumable(overrides)
     with folder.locked():
         loaded = _unchosen(load_recipe(folder.resolved, overrides=overrides), overrides)
-        _check_tracking(loaded)
+        check_tracking(loaded)
         saved, damaged = newest_whole_checkpoint(folder)
         state = state_of(saved)
         told = told_by_journal(folder)
@@ -249,7 +249,7 @@ def _check_length(state: TrainingState, loaded: LoadedRecipe) -> None:
     if wanted < done + begun:
         has_begun = f", and epoch {done + 1} has begun" if begun else ""
         raise UserError(
-            f"{wanted} epochs are asked for, but {done} are done{has_begun}",
+            f"training.epochs = {wanted}, but {done} {'is' if done == 1 else 'are'} done{has_begun}",
             where="training.epochs",
             hint=f"give {done + begun} or more",
         )
@@ -269,7 +269,8 @@ def _length_warning(state: TrainingState, overrides: Sequence[str]) -> list[Prob
     return [Problem("training.epochs", what, 'with lr_decay = "constant" or "multi-step" nothing jumps')]
 
 
-def _check_tracking(loaded: LoadedRecipe) -> None:
+def check_tracking(loaded: LoadedRecipe) -> None:
+    """Raise `RecipeError` where the address of the tracking server is none."""
     tracking = loaded.recipe.tracking
     problem = tracking_problem(tracking.uri) if tracking.mlflow and tracking.uri else ""
     if problem:

@@ -164,6 +164,10 @@ class Session:
                     raise self._out_of_memory(error, left) from error
                 raise
             self._save_before_stopping(error)
+            if self._interrupts.is_overdue:
+                limit_s = self._recipe.run.stop_deadline
+                what = f"not saved within run.stop_deadline = {limit_s:g} s: the last checkpoint stands"
+                bus.emit(WarningRaised(message=what, hint="give it longer, or save more often"))
             bus.emit(self._interrupted_event())
             return EXIT_INTERRUPTED
         finally:

@@ -34,7 +34,9 @@ def _validate(source: str, *, overrides: list[str]) -> None:
 
     loaded = load_recipe(source, overrides=overrides)
     from petractl import build
+    from petractl.preparing import check_tracking
 
+    check_tracking(loaded)
     checked = build.check(loaded)
     for warning in [*loaded.warnings, *checked.warnings]:
         show_warning(warning)

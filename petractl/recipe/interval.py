@@ -24,7 +24,9 @@ def parse_interval(text: str) -> Interval:
     """
     found = _INTERVAL.fullmatch(text)
     if found is None or not int(found[1]):
-        raise ValueError('must be a time such as "1 epoch", "500 updates", "90 s", "10 min" or "2 h"')
+        raise ValueError(
+            'must be a whole number and a unit: "1 epoch", "500 updates", "90 s", "10 min" or "2 h"'
+        )
     count, unit = int(found[1]), found[2].removesuffix("s") if len(found[2]) > 1 else found[2]
     if unit == "epoch":
         return Interval(epochs=count)

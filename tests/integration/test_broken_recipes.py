@@ -172,6 +172,7 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
         toml(training="milestones = [3, 2]"),
         ["training.milestones", "later than the one"],
     ),
+    "tracking-address": (toml(tracking='uri = "ftp://x"'), ["tracking.uri", "not a tracking server"]),
     "checkpoint-unit": (
         toml(run='checkpoint_every = "500 steps"'),
         ["run.checkpoint_every", '"500 updates"', '"10 min"'],

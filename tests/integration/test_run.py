@@ -280,7 +280,7 @@ def test_fewer_epochs_than_an_unfinished_run_has_done_are_refused(tmp_path) -> N
     (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
     result = call("resume", str(folder), "--set", "training.epochs=2")
     assert result.exit_code == 2
-    assert "2 epochs are asked for, but 3 are done" in result.stderr
+    assert "training.epochs = 2, but 3 are done" in result.stderr
     assert "run_finished" not in (folder / "metrics.jsonl").read_text()
 
 

@@ -81,7 +81,7 @@ def test_an_interval_is_read(text, interval):
     "text", ["", "0 updates", "-1 epoch", "1.5 h", "10 minutes", "epoch", "1  epoch", "5"]
 )
 def test_what_is_no_interval_is_refused(text):
-    with pytest.raises(ValueError, match="must be a time such as"):
+    with pytest.raises(ValueError, match="must be a whole number and a unit"):
         parse_interval(text)
 
 
