@@ -1,9 +1,9 @@
 """Ctrl-C, SIGTERM and SIGHUP: all stop a run in the same way, and none spoils its end.
 
-Each becomes a `KeyboardInterrupt`, from the first import to the last file. While the net is trained
-(`deferred`) the first one is only noted: the run then saves where it is, within a deadline, and stops; the
-second one, or the end of the deadline, interrupts. Once all epochs are done and saved there is nothing left
-to stop: the first signal is then answered in words, and the second obeyed.
+Each becomes a `KeyboardInterrupt`, from the first import to the last file. While the net is trained and
+evaluated (`deferred`) the first one is only noted: the run then saves where it is, within a deadline, and
+stops; the second one, or the end of the deadline, interrupts. Once all epochs are done and saved there is
+nothing left to stop: the first signal is then answered in words, and the second obeyed.
 """
 
 import signal
@@ -104,8 +104,9 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _end_deadline(self, number: int, frame: FrameType | None) -> None:
-        self.is_overdue = True
-        raise KeyboardInterrupt
+        if not self.finishing:
+            self.is_overdue = True
+            raise KeyboardInterrupt
 
     def _say(self, words: str) -> None:
         if self._announce:

@@ -109,7 +109,6 @@ class Session:
         bounds = stage_bounds(plan.cuts, num_units=len(plan.names))
         self._photographer = Photographer(built, bounds=bounds)
         self._saver: Saver | None = None
-        self._running: Trainer | None = None
         self._skipped: dict[int, dict[str, Any]] = {}
         self._state = TrainingState()
         self._timeline: TimelineFiles | None = None
@@ -152,9 +151,9 @@ class Session:
         try:
             self._saver = self._open_saver(bus)
             self._tell_start(bus, state)
-            self._running = self._trainer(bus)
-            outcome = self._running.run(state)
-            self._interrupts.finishing = True
+            with self._interrupts.deferred(self._recipe.run.stop_deadline):
+                outcome = self._trainer(bus).run(state)
+                self._interrupts.finishing = True
             self._saver.finish()
             bus.emit(self._finished_event(outcome, time.perf_counter() - started))
         except BaseException as error:
@@ -189,22 +188,14 @@ class Session:
         )
 
     def _save_before_stopping(self, error: BaseException) -> None:
-        """Wait until what was handed over at the stop is saved, or save now what rests.
+        """Wait until what was handed over at the stop is saved.
 
         Where the deadline passes, or another signal comes, the last checkpoint stands.
         """
-        saver, running = self._saver, self._running
-        if saver is None or running is None or self._interrupts.is_overdue:
+        if self._saver is None or not isinstance(error, Stopped):
             return
         with contextlib.suppress(KeyboardInterrupt), self._interrupts.limited(self._recipe.run.stop_deadline):
-            if not isinstance(error, Stopped):
-                if running.at_rest is None:
-                    return  # a second signal, in the middle of an epoch
-                if running.at_rest.microbatches_done:
-                    saver.save_trained(running.at_rest)
-                else:
-                    saver.save_epoch(running.at_rest, is_best=False, is_last=True)
-            saver.part_stopped()
+            self._saver.part_stopped()
 
     def _interrupted_event(self) -> RunInterrupted:
         """Say where the run goes on: from what this session has saved, else from where it began."""
@@ -291,7 +282,6 @@ class Session:
             signalled=lambda: self._interrupts.cause,
             board=world,
             notice=Path(run.notice_file) if run.notice_file else None,
-            is_first=seat.rank == 0,
         )
         policy = CutPolicy(
             run.interval,
@@ -310,8 +300,6 @@ class Session:
             policy=policy,
             stops=stops,
             photographer=self._photographer,
-            interrupts=self._interrupts,
-            stop_deadline_s=run.stop_deadline,
             token=token,
             wait_s=self._recipe.engine.stall_timeout,
             saved=bus.emit,

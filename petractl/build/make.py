@@ -34,7 +34,7 @@ from petractl.data.loader import EvalLoader
 from petractl.engine.assembly import assemble_stages, stage_bounds
 from petractl.engine.block_assembly import Auxiliaries, assemble_blocks
 from petractl.engine.block_stage import BlockStage
-from petractl.engine.evaluation import PipelinedEvaluation, Placement, Scores, evaluate
+from petractl.engine.evaluation import Evaluation, PipelinedEvaluation, Placement, evaluate
 from petractl.engine.pipeline import InProcessPipeline, Pipeline
 from petractl.engine.process_pipeline import ProcessPipeline
 from petractl.engine.replicas import Reducer, average_buffers
@@ -69,7 +69,7 @@ class Built:
     world: World | Alone
     training_data: TrainLoader | None
     length: EpochLength
-    evaluate: Callable[[], Scores]
+    evaluate: Evaluation
     placement: Placement
     plan: PlanMade
     left_weights: tuple[str, ...]

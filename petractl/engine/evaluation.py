@@ -1,12 +1,14 @@
 """Evaluation of a classifier: every sample once, with running statistics, no graph.
 
 In one process the net is called as a whole. In several, the batches go upwards through the same stages; each
-replica takes its share of them, and the sums meet at the end. A batch whose samples were all left out counts
-for nothing; among stages an image in black goes in its place, since not every net takes a batch of none.
+replica takes its share of them, and the sums meet at the end. One that is told to stop ends after its batch:
+where images enter, the last batch says so to the stages above, and all hear it where the sums meet. A batch
+whose samples were all left out counts for nothing; among stages an image in black goes in its place, since
+not every net takes a batch of none.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from petractl.data.normalisation import Normalisation
+from petractl.engine.cut import STOP, Stopped
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.messages import Activation
 from petractl.engine.world import World
@@ -100,11 +103,36 @@ def scores_of(sums: Sequence[tuple[float, int, int, int]]) -> Scores:
     return Scores(loss / samples, 100.0 * top1 / samples, 100.0 * top5 / samples, int(samples))
 
 
-def evaluate(network: nn.Module, batches: Iterable[LabelledBatch], *, placement: Placement) -> Scores:
-    """Evaluate and put the net back in the mode it was in."""
+class Evaluation(Protocol):
+    """Evaluates the net of a run."""
+
+    def __call__(self, is_stopping: Callable[[], bool] = ...) -> Scores:
+        """Evaluate, unless told to stop."""
+        ...
+
+
+def never() -> bool:
+    """Tell that nothing is to stop."""
+    return False
+
+
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[LabelledBatch],
+    is_stopping: Callable[[], bool] = never,
+    *,
+    placement: Placement,
+) -> Scores:
+    """Evaluate and put the net back in the mode it was in.
+
+    Raises:
+        Stopped: it was told to stop, before a batch.
+    """
     sums = Sums(placement.device)
     with _evaluation_mode(network), torch.inference_mode():
         for batch in batches:
+            if is_stopping():
+                raise Stopped
             labels = placement.labels(batch)
             if not labels.shape[0]:
                 continue
@@ -141,10 +169,19 @@ class PipelinedEvaluation:
         self._num_batches = num_batches
         self._placement = placement
         self._timeout_s = timeout_s
+        self._counts: list[int] = []  # batches of each stage here, fewer once one says that it is the last
 
-    def __call__(self) -> Scores:
-        """Send every batch through the stages here, then add up."""
+    def __call__(self, is_stopping: Callable[[], bool] = never) -> Scores:
+        """Send every batch through the stages here, then add up.
+
+        `is_stopping` is asked in every process, and counts where images enter.
+
+        Raises:
+            Stopped: a replica was told to stop; raised in every process.
+        """
         sums = Sums(self._placement.device)
+        self._counts = [self._num_batches] * len(self._stages)
+        has_stopped = False
         with ExitStack() as modes, torch.inference_mode():
             for (from_below, _), units in self._stages:
                 modes.enter_context(_evaluation_mode(units))
@@ -154,14 +191,18 @@ class PipelinedEvaluation:
             # A process's next stage is a whole pipeline further up: it is that many batches behind.
             behind = self._world.seat.num_places
             for i in range(self._num_batches + behind * (len(self._stages) - 1)):
-                for number, (links, units) in enumerate(self._stages):
-                    if 0 <= i - number * behind < self._num_batches:
-                        self._step(i - number * behind, links, units, batches, sums)
+                for number in range(len(self._stages)):
+                    if 0 <= i - number * behind < self._counts[number]:
+                        stops = is_stopping()
+                        has_stopped |= self._step(i - number * behind, number, batches, sums, stops=stops)
         for (_, to_above), _ in self._stages:
             if to_above is not None:
                 to_above.flush(timeout_s=self._timeout_s)
-        found = self._world.gather(sums.numbers() if self._has_loss else None)
-        return self._world.share(scores_of([item for item in found if item]) if found else _NOTHING)
+        found = self._world.gather((has_stopped, sums.numbers() if self._has_loss else None))
+        if self._world.share(any(stopped for stopped, _ in found)):
+            raise Stopped
+        numbers = [item for _, item in found if item]
+        return self._world.share(scores_of(numbers) if found else _NOTHING)
 
     @property
     def _has_loss(self) -> bool:
@@ -169,31 +210,30 @@ class PipelinedEvaluation:
         return to_above is None
 
     def _step(
-        self,
-        i: int,
-        links: Neighbours,
-        units: nn.ModuleList,
-        batches: Iterator[LabelledBatch] | None,
-        sums: Sums,
-    ) -> None:
-        from_below, to_above = links
+        self, i: int, number: int, batches: Iterator[LabelledBatch] | None, sums: Sums, *, stops: bool
+    ) -> bool:
+        """Send a batch through one stage; returns whether it is the last one because of a stop."""
+        (from_below, to_above), units = self._stages[number]
         if from_below is None:
             assert batches is not None
             batch = next(batches)
             images = _at_least_one(self._placement.images(batch))
-            message = Activation(i, (images,), self._placement.labels(batch))
+            flags = STOP if stops and i + 1 < self._num_batches else 0
+            message = Activation(i, (images,), self._placement.labels(batch), flags)
         else:
             message = from_below.receive(i, operation=f"evaluation {i}", timeout_s=self._timeout_s)
+        if message.cut & STOP:
+            self._counts[number] = i + 1
         with _autocast(self._placement):
             streams = message.streams
             for unit in units:
                 streams = as_streams(unit(*streams))
         if to_above is None:
-            if not message.labels.shape[0]:
-                return
-            sums.add(_full(streams[0], self._placement), message.labels)
+            if message.labels.shape[0]:
+                sums.add(_full(streams[0], self._placement), message.labels)
         else:
-            to_above.send(Activation(i, streams, message.labels), timeout_s=self._timeout_s)
+            to_above.send(Activation(i, streams, message.labels, message.cut), timeout_s=self._timeout_s)
+        return bool(message.cut & STOP)
 
 
 _NOTHING = Scores(0.0, 0.0, 0.0, 0)

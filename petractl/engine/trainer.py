@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from petractl.engine.cut import Cutter, Stopped
 from petractl.engine.data_watch import DataWatch, TrainingData, samples_skipped
 from petractl.engine.diagnosis import Diagnosis, StageDiagnosis
-from petractl.engine.evaluation import LabelledBatch, Placement, Scores
+from petractl.engine.evaluation import Evaluation, LabelledBatch, Placement, Scores
 from petractl.engine.measures import Measures
 from petractl.engine.memory import peak_memory_bytes
 from petractl.engine.numbers import Findings, Numbers
@@ -88,8 +88,8 @@ class EpochLength:
 class Saving(Cutter, Protocol):
     """Saves the run, in the middle of an epoch and at the end of one."""
 
-    def begin(self, state: TrainingState) -> AbstractContextManager[None]:
-        """Begin an epoch, or the rest of one, which is trained within the returned block."""
+    def begin(self, state: TrainingState) -> None:
+        """Begin an epoch, or the rest of one."""
         ...
 
     def poll(self) -> None:
@@ -97,7 +97,7 @@ class Saving(Cutter, Protocol):
         ...
 
     def is_stopping(self) -> bool:
-        """Tell whether the run is to stop; what the first process says counts."""
+        """Tell whether the run is to stop, as far as this process knows."""
         ...
 
     def save_trained(self, state: TrainingState) -> None:
@@ -155,7 +155,7 @@ class Trainer:
         world: World | Alone,
         training_data: TrainingData | None,
         length: EpochLength,
-        evaluate: Callable[[], Scores],
+        evaluate: Evaluation,
         placement: Placement,
         epochs: int,
         evaluate_every: int,
@@ -186,8 +186,6 @@ class Trainer:
         self._images = 0
         self._training_s = 0.0
         self._has_diverged = False
-        self.at_rest: TrainingState | None = None
-        """Where the run stands and is not saved yet, while the stages do nothing; else None."""
 
     def run(self, state: TrainingState) -> Outcome:
         """Train from `state` to the last epoch.
@@ -198,20 +196,21 @@ class Trainer:
         for epoch in range(state.epochs_done + 1, self._epochs + 1):
             is_last = epoch == self._epochs
             self._emit(EpochStarted(epoch=epoch))
-            # Until all stages rest, a stop only asks for a cut: one that is through may wait for the others.
-            with self._saver.begin(state):
-                self._train(epoch, state)
-                self.at_rest = replace(state, microbatches_done=self._length.rows, is_drained=True)
-            if self._world.share(self._saver.is_stopping()):
-                self._saver.save_trained(self.at_rest)
-                raise Stopped
+            self._saver.begin(state)
+            self._train(epoch, state)
+            trained = replace(state, microbatches_done=self._length.rows, is_drained=True)
             is_best = False
             state = replace(state, epochs_done=epoch, microbatches_done=0, is_drained=True)
-            if is_last or epoch % self._evaluate_every == 0:
-                state, is_best = self._evaluate(state)
-            self.at_rest = state
+            # Stages stop together: each hears of it at the same place, here, in evaluation or by a cut.
+            try:
+                if self._world.share(self._saver.is_stopping()):
+                    raise Stopped
+                if is_last or epoch % self._evaluate_every == 0:
+                    state, is_best = self._evaluate(state)
+            except Stopped:
+                self._saver.save_trained(trained)
+                raise
             self._saver.save_epoch(state, is_best=is_best, is_last=is_last)
-            self.at_rest = None
         return Outcome(state, self._images, self._training_s)
 
     def drain(self, state: TrainingState) -> TrainingState:
@@ -442,7 +441,7 @@ class Trainer:
 
     def _evaluate(self, state: TrainingState) -> tuple[TrainingState, bool]:
         started = time.perf_counter()
-        scores = self._evaluation()
+        scores = self._evaluation(self._saver.is_stopping)
         seconds = time.perf_counter() - started
         epoch = state.epochs_done
         self._emit(

@@ -235,8 +235,10 @@ class World:
         dist.destroy_process_group()
 
     def tell(self, key: str, value: str) -> None:
-        """Leave a short text for whoever asks; nobody waits."""
+        """Leave a short text: whoever asks for it from now on finds it; nobody waits."""
         self._store.set(key, value)
+        # A set is sent and not answered; a question on the same connection is answered after it is done.
+        self._store.check([key])
 
     def ask(self, key: str) -> str | None:
         """Return what was told last under `key`, None if nothing was; does not wait."""

@@ -44,14 +44,12 @@ class StopRequests:
         signalled: Callable[[], str],
         board: Board,
         notice: Path | None,
-        is_first: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._signalled = signalled
         self._board = board
         self._notice = notice
         self._notice_at_start = _signature(notice)
-        self._is_first = is_first
         self._clock = clock
         self._looked_at = float("-inf")
         self._is_told = False
@@ -59,10 +57,10 @@ class StopRequests:
         """What asks for the stop, in words; "" while nothing does."""
 
     def look(self) -> bool:
-        """Return whether the run is to stop; one that is not the first process tells the first."""
+        """Return whether the run is to stop; who learns of it tells the others."""
         if not self.cause:
             self.cause = self._cause()
-        if self.cause and not self._is_first and not self._is_told:
+        if self.cause and not self._is_told:
             self._is_told = True
             self._board.tell(_STOP_KEY, self.cause)
         return bool(self.cause)
@@ -77,7 +75,7 @@ class StopRequests:
         self._looked_at = now
         if _signature(self._notice) not in (None, self._notice_at_start):
             return f"the notice {self._notice}"
-        return (self._board.ask(_STOP_KEY) or "") if self._is_first else ""
+        return self._board.ask(_STOP_KEY) or ""
 
 
 def _signature(path: Path | None) -> tuple[int, int] | None:

@@ -7,7 +7,6 @@ for what the others announce, and commits. The others never wait for anybody.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from petractl.engine.sentinel import require_finite
 from petractl.engine.trainer import TrainingState
 from petractl.errors import RunError
 from petractl.events import CheckpointSaved
-from petractl.interrupts import Interrupts
 from petractl.saving.identity import PipelineIdentity
 from petractl.saving.policy import CutPolicy, StopRequests
 from petractl.saving.snapshot import MODEL, Photographer, Snapshot, on_host
@@ -54,8 +52,6 @@ class Saver:
         policy: CutPolicy,
         stops: StopRequests,
         photographer: Photographer,
-        interrupts: Interrupts,
-        stop_deadline_s: float,
         token: str,
         wait_s: float,
         saved: Callable[[CheckpointSaved], None],
@@ -68,8 +64,6 @@ class Saver:
         self._policy = policy
         self._stops = stops
         self._photographer = photographer
-        self._interrupts = interrupts
-        self._stop_deadline_s = stop_deadline_s
         self._token = token
         self._wait_s = wait_s
         self._saved = saved
@@ -83,21 +77,19 @@ class Saver:
 
     # In the training thread.
 
-    def begin(self, state: TrainingState) -> AbstractContextManager[None]:
-        """Begin an epoch, or the rest of it; within the returned block a signal asks for a cut."""
+    def begin(self, state: TrainingState) -> None:
+        """Begin an epoch, or the rest of it."""
         self._state = state
         self._policy.begin(state.epochs_done)
-        return self._interrupts.deferred(self._stop_deadline_s)
 
     def poll(self) -> None:
-        """Look after the writer, and tell the first process of a stop; called after each microbatch.
+        """Look after the writer, and tell the others of a stop; called after each microbatch.
 
         Raises:
             RunError: a checkpoint could not be written.
         """
         self._writer.check()
-        if self._world.seat.rank:
-            self._stops.look()
+        self._stops.look()
 
     def decide(self, microbatch: int) -> int:
         """Return the flags of a cut after this microbatch."""
@@ -140,12 +132,13 @@ class Saver:
         self._write(snapshots, state, started=started)
 
     def is_stopping(self) -> bool:
-        """Tell whether the run is to stop; rank 0's answer counts."""
+        """Tell whether the run is to stop, as far as this process knows."""
         return self._stops.look()
 
     @property
     def stop_cause(self) -> str:
         """What asked for the stop, in words; "" where nothing did."""
+        self._stops.look()
         return self._stops.cause
 
     def finish(self) -> None:

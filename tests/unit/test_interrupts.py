@@ -62,6 +62,14 @@ def test_the_deadline_interrupts() -> None:
         assert interrupts.is_overdue
 
 
+def test_a_run_that_is_done_within_the_deadline_is_done() -> None:
+    with Interrupts().handled() as interrupts, interrupts.deferred(0.05):
+        signals(interrupts, 1)
+        interrupts.finishing = True
+        time.sleep(0.2)
+        assert not interrupts.is_overdue
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Interrupts().handled():

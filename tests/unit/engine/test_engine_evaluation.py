@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from petractl.data.normalisation import Normalisation
 from petractl.data.preparation import normalise
+from petractl.engine.cut import Stopped
 from petractl.engine.evaluation import PipelinedEvaluation, Placement, evaluate
 from petractl.engine.world import Alone
 from petractl.models.units import Network
@@ -81,6 +82,26 @@ def test_among_stages_a_batch_of_none_keeps_its_place():
     data = [*batches(5), *batches(0), *batches(3)]
     among = PipelinedEvaluation(stages, world=Alone(), batches=data, num_batches=3, placement=CPU)
     assert among() == evaluate(Network([stages[0][1][0]]), data, placement=CPU)
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_one_that_is_told_to_stop_stops(asked):
+    """Among stages the batch that is entering goes through to the end; none after the last one stops."""
+    torch.manual_seed(0)
+    layer, data = Rows(), batches(5, 2, 3)
+    answers = iter([False] * (asked - 1) + [True] + [False] * 3)
+    with pytest.raises(Stopped):
+        evaluate(Network([layer]), data, lambda: next(answers), placement=CPU)
+    answers = iter([False] * (asked - 1) + [True] + [False] * 3)
+    among = PipelinedEvaluation(
+        [((None, None), [layer])], world=Alone(), batches=data, num_batches=3, placement=CPU
+    )
+    if asked == 3:
+        assert among(lambda: next(answers)).samples == 10
+        return
+    with pytest.raises(Stopped):
+        among(lambda: next(answers))
+    assert len(list(answers)) == 3, "nobody asks after the stop"
 
 
 def test_fewer_than_five_classes():

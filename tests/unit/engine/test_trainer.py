@@ -1,6 +1,5 @@
 """What the trainer tells of its data; what it computes is what the numerics tests are about."""
 
-import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -50,21 +49,21 @@ class Loader:
 
 
 class Saver:
-    """Saves nothing, and notes what it was asked for; stops where `stops_after` epochs are trained."""
+    """Saves nothing, and notes what it was asked for; stops once it was asked `stops_at` times."""
 
-    def __init__(self, stops_after=None):
+    def __init__(self, stops_at=None):
         self.epochs, self.trained, self.polls = [], [], 0
-        self._stops_after, self._begun = stops_after, 0
+        self._stops_at, self._asked = stops_at, 0
 
     def begin(self, state):
-        self._begun += 1
-        return contextlib.nullcontext()
+        pass
 
     def poll(self):
         self.polls += 1
 
     def is_stopping(self):
-        return self._begun == self._stops_after
+        self._asked += 1
+        return self._asked == self._stops_at
 
     def save_trained(self, state):
         self.trained.append(state)
@@ -147,15 +146,17 @@ def test_an_evaluation_of_nothing_is_no_best(built):
         built,
         loader,
         epochs=2,
-        evaluate=lambda: next(scores),
+        evaluate=lambda is_stopping: next(scores),
         saver=saver,
     )
     assert saver.epochs == [(False, None, False), (True, 2, True)]
     assert saver.polls == 10, "after each microbatch and each epoch"
 
 
-def test_a_stop_between_training_and_evaluation_is_saved_as_trained(built):
-    saver = Saver(stops_after=2)
+@pytest.mark.parametrize("asked", [3, 4])
+def test_a_stop_after_training_or_in_evaluation_is_saved_as_trained(built, asked):
+    """Each epoch asks once after training, and once for each batch, of which there is one, in evaluation."""
+    saver = Saver(stops_at=asked)
     with pytest.raises(Stopped):
         events_of(built, Loader(built.training_data, wait_s=0.0), epochs=3, saver=saver)
     (state,) = saver.trained
@@ -166,9 +167,9 @@ def test_a_stop_between_training_and_evaluation_is_saved_as_trained(built):
 def test_samples_left_out_are_told_after_the_epoch_and_after_its_evaluation(built):
     loader = Loader(built.training_data, wait_s=0.0, bad=[BadSample("a.tar", "7", "no label")])
 
-    def evaluate():
+    def evaluate(is_stopping):
         loader.skipped.append(BadSample("b.tar", "1", "broken"))
-        return built.evaluate()
+        return built.evaluate(is_stopping)
 
     events = events_of(built, loader, epochs=2, evaluate=evaluate)
     skipped = [event for event in events if isinstance(event, SamplesSkipped)]

@@ -34,8 +34,8 @@ class Clock:
         return self.now
 
 
-def stops(board, clock, *, signalled=lambda: "", notice=None, is_first=True):
-    return StopRequests(signalled=signalled, board=board, notice=notice, is_first=is_first, clock=clock)
+def stops(board, clock, *, signalled=lambda: "", notice=None):
+    return StopRequests(signalled=signalled, board=board, notice=notice, clock=clock)
 
 
 NEVER = Interval()
@@ -139,15 +139,15 @@ def test_a_notice_that_was_there_before_is_an_old_one_until_it_changes(tmp_path)
     assert p.decide(2) == SAVE | STOP
 
 
-def test_another_process_tells_the_first_of_its_signal():
+def test_a_process_tells_the_others_of_its_signal():
     board, clock = Board(), Clock()
-    first = stops(board, clock)
-    other = stops(board, clock, signalled=lambda: "SIGTERM", is_first=False)
-    assert not first.look()
+    one = stops(board, clock)
+    other = stops(board, clock, signalled=lambda: "SIGTERM")
+    assert not one.look()
     assert other.look()
     clock.now += 1.0
-    assert first.look()
-    assert first.cause == "SIGTERM"
+    assert one.look()
+    assert one.cause == "SIGTERM"
 
 
 def lists(replicas_policies, until=ROWS):
