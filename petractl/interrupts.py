@@ -18,6 +18,16 @@ _SAME_S = 1.0
 """Signals this near to each other are one: a terminal and a launcher may both pass it on."""
 
 
+def obey_sigterm() -> None:
+    """Have SIGTERM interrupt as Ctrl-C does: from a command's first line, before anything is imported."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 class Interrupts:
     """The state of interruption of one command; `finishing` is set when everything is saved.
 

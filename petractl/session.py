@@ -50,7 +50,7 @@ from petractl.tracking.console import TIMELINE_NAME, ConsoleListener
 from petractl.tracking.diagnosis_plot import DiagnosisPlotter
 from petractl.tracking.journal import Journal
 from petractl.tracking.log_file import LogFile
-from petractl.tracking.mlflow_tracker import MlflowTracker, how_to_look, tracking_uri
+from petractl.tracking.mlflow_tracker import MlflowTracker, tracking_uri
 from petractl.tracking.plots import CurvePlotter
 from petractl.tracking.timeline import TimelineFiles
 
@@ -373,23 +373,23 @@ class Session:
                 path, on_warning=lambda message, hint: bus.emit(WarningRaised(message=message, hint=hint))
             )
         )
-        console = ConsoleListener(tracking=how_to_look(uri) if tracking.mlflow else "")
+        tracker: MlflowTracker | None = None
+        console = ConsoleListener(tracking=lambda: "" if tracker is None else tracker.how_to_look())
         bus.subscribe(console)
         bus.subscribe(CurvePlotter(path))
         if self._recipe.diagnostics.every:
             bus.subscribe(DiagnosisPlotter(path))
         if tracking.mlflow:
-            bus.subscribe(
-                MlflowTracker(
-                    path,
-                    uri=uri,
-                    experiment=tracking.experiment,
-                    run_name=tracking.run_name or path.name,
-                    parameters=as_parameters(self._recipe),
-                    on_notice=console.tell_waiting,
-                    on_warning=lambda message, hint: bus.emit(WarningRaised(message=message, hint=hint)),
-                )
+            tracker = MlflowTracker(
+                path,
+                uri=uri,
+                experiment=tracking.experiment,
+                run_name=tracking.run_name or path.name,
+                parameters=as_parameters(self._recipe),
+                on_notice=console.tell_waiting,
+                on_warning=lambda message, hint: bus.emit(WarningRaised(message=message, hint=hint)),
             )
+            bus.subscribe(tracker)
         return bus
 
     def _started_event(self, state: TrainingState) -> RunStarted:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from petractl.cli.options import RecipeArgument, SetOption
+from petractl.interrupts import obey_sigterm
 
 
 class Resume(StrEnum):
@@ -47,6 +48,7 @@ def command(
     Progress goes to stderr; everything about the run lies in its folder: recipe, journal, checkpoints, plots.
     Interrupted with Ctrl-C, it saves, ends with exit code 130 and says how to go on.
     """
+    obey_sigterm()
     from petractl import launch
 
     goes_on = resume is Resume.AUTO

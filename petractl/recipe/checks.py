@@ -95,7 +95,7 @@ def _method_conflicts(recipe: Recipe, given: frozenset[str]) -> Iterator[Conflic
             yield conflict(
                 f'is for method.name = "backprop" only with {shown(engine.schedule)}, an exact pipeline,'
                 f' but the method is "{method.name}"',
-                'set method.name = "backprop", or engine.schedule = "auto"',
+                'set engine.schedule = "auto", or, for a new run, method.name = "backprop"',
                 "engine.schedule",
                 "method.name",
             )

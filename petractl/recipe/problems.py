@@ -68,7 +68,7 @@ def unusable_values(
     elif isinstance(data, float) and not math.isfinite(data):
         yield path, Problem(dotted(path), f"must be a finite number, not {data}")
     elif isinstance(data, int) and not -_INT64 <= data < _INT64:
-        yield path, Problem(dotted(path), f"must fit in 64 bits, but has {data.bit_length()}")
+        yield path, Problem(dotted(path), f"is too large: whole numbers end at {_INT64 - 1:,}")
     elif not isinstance(data, (str, int, float)):
         what = f"is a date or time ({data}), which no key takes"
         yield path, Problem(dotted(path), what, f'for a string put it in quotes: "{data}"')
@@ -148,18 +148,22 @@ def _limit(error: ErrorDetails) -> str:
         case "literal_error":
             return f"must be {str(bounds['expected']).replace(chr(39), chr(34))}"
         case "greater_than_equal":
-            return f"must be at least {bounds['ge']:g}"
+            return f"must be at least {_bound(bounds['ge'])}"
         case "greater_than":
-            return f"must be more than {bounds['gt']:g}"
+            return f"must be more than {_bound(bounds['gt'])}"
         case "less_than_equal":
-            return f"must be at most {bounds['le']:g}"
+            return f"must be at most {_bound(bounds['le'])}"
         case "less_than":
-            return f"must be less than {bounds['lt']:g}"
+            return f"must be less than {_bound(bounds['lt'])}"
         case "string_too_short":
             return "must not be empty"
         case "too_short" | "too_long":
             return f"must have {bounds.get('min_length', bounds.get('max_length'))} entries"
     return error["msg"].replace("Input should", "must", 1)
+
+
+def _bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _remedy(error: ErrorDetails, *, overridden: bool) -> str:

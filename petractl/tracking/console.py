@@ -58,14 +58,14 @@ class _Console(Console):
 class ConsoleListener:
     """Shows a run to a person; the summary of a finished run is printed by `close`, when all else has ended.
 
-    `tracking` is the line that tells how to look at the run in MLflow ("" for none). `plain_every_s` is the
-    time in seconds between progress lines off a terminal.
+    `tracking` gives, at the end, the line that tells how to look at the run in MLflow ("" for none).
+    `plain_every_s` is the time in seconds between progress lines off a terminal.
     """
 
     def __init__(
         self,
         *,
-        tracking: str = "",
+        tracking: Callable[[], str] = str,
         stderr: TextIO | None = None,
         stdout: TextIO | None = None,
         plain_every_s: float = 60.0,
@@ -278,8 +278,8 @@ class ConsoleListener:
         if (run_dir / TIMELINE_NAME).is_file():
             places.append(("timeline", str(run_dir / TIMELINE_NAME)))
         places.append(("journal", str(run_dir / JOURNAL_NAME)))
-        if self._tracking:
-            places.append(("MLflow", self._tracking))
+        if tracking := self._tracking():
+            places.append(("MLflow", tracking))
         return places
 
 

@@ -12,6 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from petractl.events import Event, RunInterrupted
 from petractl.tracking.journal import JOURNAL_NAME
@@ -45,9 +46,19 @@ def tracking_problem(uri: str) -> str:
     path = sqlite_path(uri)
     if scheme == "sqlite" and path is None:
         return "no path: use sqlite:///path/mlflow.db"
+    if scheme in ("http", "https") and not _has_host(uri):
+        return f"no host: use {scheme}://host:port"
     if path is not None and "?" in str(path):
         return "an SQLite address cannot hold a '?' in its path"
     return ""
+
+
+def _has_host(uri: str) -> bool:
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a broken IPv6 address, a port that is no number
+        return False
 
 
 def how_to_look(uri: str) -> str:
@@ -129,6 +140,12 @@ class MlflowTracker:
         self._warned = False
         self._switched_off = False
         self._done = False
+
+    def how_to_look(self) -> str:
+        """Return how to see the run; once closed with something left, how that is sent."""
+        if self._switched_off and not self._done:
+            return f"not everything is there; send it with: {self._later()}"
+        return how_to_look(self._settings.uri)
 
     def handle(self, event: Event, record: dict[str, object]) -> None:
         """Start the process at the first event; pass on its warning, if it has one."""

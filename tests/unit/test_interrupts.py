@@ -6,13 +6,26 @@ import time
 
 import pytest
 
-from petractl.interrupts import Interrupts
+from petractl.interrupts import Interrupts, obey_sigterm
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_interrupts(number: int) -> None:
     with pytest.raises(KeyboardInterrupt), Interrupts().handled():
         os.kill(os.getpid(), number)
+
+
+def test_sigterm_interrupts_from_the_first_line() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        obey_sigterm()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        obey_sigterm()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_while_finishing_the_first_is_answered_and_the_second_obeyed(capsys) -> None:

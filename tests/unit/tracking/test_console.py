@@ -90,7 +90,7 @@ def test_the_summary_goes_to_stdout_and_names_everything(run_dir):
         CheckpointSaved(3, "c/last", False, 0.1),
     ]
     err, out = show(
-        [*make_run(run_dir), *saved, make_end()], tracking="mlflow ui --backend-store-uri sqlite:///x"
+        [*make_run(run_dir), *saved, make_end()], tracking=lambda: "mlflow ui --backend-store-uri sqlite:///x"
     )
     assert "test top-1" in out
     assert "84.00 % (best 84.00 % in epoch 3)" in out

@@ -186,6 +186,7 @@ def test_the_default_store_lies_in_the_directory_of_the_runs(tmp_path, monkeypat
     "uri",
     [
         "http://h",
+        "http://[::1]:5000",
         "https://u:p@h",
         "sqlite:////a/b.db",
         "postgresql+psycopg2://h/db",
@@ -198,10 +199,32 @@ def test_good_addresses(uri):
 
 
 @pytest.mark.parametrize(
-    "uri", ["./mlruns", "file:///x", "runs", "sqlite://", "sqlite:////a?b/x.db", "ftp://h", "C:\\x"]
+    "uri",
+    [
+        "./mlruns",
+        "file:///x",
+        "runs",
+        "sqlite://",
+        "sqlite:////a?b/x.db",
+        "ftp://h",
+        "C:\\x",
+        "http://",
+        "https://:5000",
+        "http://u:p@[bad",
+        "http://h:port",
+    ],
 )
 def test_bad_addresses(uri):
     assert tracking_problem(uri)
+
+
+def test_where_something_is_left_the_last_word_is_how_to_send_it(run_dir, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    tracker = MlflowTracker(run_dir, uri="http://127.0.0.1:1", on_warning=lambda *_: None)
+    assert tracker.how_to_look() == "http://127.0.0.1:1"
+    tracker.look()
+    tracker.close()
+    assert tracker.how_to_look() == f"not everything is there; send it with: petractl sync {run_dir}"
 
 
 def test_how_to_look():
