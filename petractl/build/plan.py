@@ -1,5 +1,6 @@
 """What will be run, found out before the first step and without memory for the weights."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ class _Checker:
                 f"{classes} are too few: {recipe.data.name} has {info.classes}",
                 f"give at least {info.classes}, or 0 for as many as the data have",
             )
-        with problems.collect("model.name"), torch.device("meta"):
+        with problems.collect("model.name"), _of_possible_size(), torch.device("meta"):
             model = build_units(recipe, classes=classes, stem=stem, channels=info.channels)
             costs = unit_costs(model.units, input_shape=(info.channels, info.height, info.width))
             _check_output(costs[-1], info.classes)
@@ -282,6 +283,22 @@ class _Checker:
         if engine.device in ("auto", "cuda") and torch.cuda.device_count():
             return torch.device("cuda", 0)
         return device if engine.device == "auto" else torch.device(engine.device)
+
+
+_TOO_LARGE = re.compile(r"overflow|can't allocate memory|out of memory", re.IGNORECASE)
+
+
+@contextmanager
+def _of_possible_size() -> Iterator[None]:
+    """Turn sizes past 64 bits, or past the memory of what is measured, into a user's error."""
+    try:
+        yield
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RuntimeError) and not _TOO_LARGE.search(told):
+            raise
+        hint = "make model.width, model.classes, data.image_size or data.batch_size smaller"
+        raise UserError(f"the net is too large: {told}", where="model", hint=hint) from error
 
 
 def _idle_alone(recipe: Recipe) -> list[Problem]:

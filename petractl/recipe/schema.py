@@ -73,6 +73,13 @@ SCHEDULE_NAMES = ("auto", "tight", "paper", "least", "sequential", *EXACT_SCHEDU
 STAGE_RULES = ("auto", "units")
 MAX_WORKERS = 256
 
+# Far above what is of use, far below where sizes multiplied with each other pass 64 bits.
+MAX_WIDTH = 1_000_000
+MAX_DEPTH = 10_000
+MAX_CLASSES = 1_000_000_000
+MAX_SAMPLES = 1_000_000_000
+MAX_SIDE = 65_536
+
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d*))?")
 _ONE_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
@@ -226,13 +233,13 @@ class ModelSection(_Section):
 
     name: Annotated[str, AfterValidator(_model_name)]
     """A name from `petractl ls models`, or "package.module:function" that returns a list of units."""
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=64, ge=1, le=MAX_WIDTH)
     """Channels of the stem per stream; later groups have 2, 4, 8 times as many (bottleneck: 4x those)."""
-    classes: int = Field(default=0, ge=0)
+    classes: int = Field(default=0, ge=0, le=MAX_CLASSES)
     """Classes that the head tells apart; 0 = as many as the data have."""
     stem: Literal["auto", "cifar", "imagenet"] = "auto"
     """First layer: "cifar" (3x3), "imagenet" (7x7, stride 2, max-pool), "auto" (imagenet from side 96 on)."""
-    depth: int = Field(default=8, ge=1)
+    depth: int = Field(default=8, ge=1, le=MAX_DEPTH)
     """Number of blocks; for revnet-iso."""
     weights: str = ""
     """Path of a safetensors file with starting weights; empty = random ones, from the seed."""
@@ -253,9 +260,9 @@ class DataSection(_Section):
     """Test data, given like `train`; empty = in the folder of `train`, or data/<name>."""
     download: bool = False
     """Download the set into data/<name> where it is missing: cifar10, cifar100, fashion-mnist."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MAX_SAMPLES)
     """Samples per microbatch; an update averages batch_size x method.accumulation x replicas samples."""
-    eval_batch_size: int = Field(default=0, ge=0)
+    eval_batch_size: int = Field(default=0, ge=0, le=MAX_SAMPLES)
     """Samples per batch in evaluation; 0 = batch_size, but at least 256."""
     steps_per_epoch: int = Field(default=0, ge=0)
     """Microbatches per epoch and replica; 0 = one pass over the training data, shared by the replicas."""
@@ -273,9 +280,9 @@ class DataSection(_Section):
     """Random crop: of a random size, resized; or "pad" by 4, as CIFAR; "auto" = "pad" for images up to 64."""
     crop_scale: float = Field(default=0.08, gt=0, le=1)
     """Smallest share of a photograph's area that "random-resized" crops."""
-    image_size: int = Field(default=0, ge=0)
+    image_size: int = Field(default=0, ge=0, le=MAX_SIDE)
     """Side of a photograph after the crop, or of a fake image; 0 = 224, fake: 32."""
-    resize: int = Field(default=0, ge=0)
+    resize: int = Field(default=0, ge=0, le=MAX_SIDE)
     """Length of a photograph's short side before the centre crop of evaluation; 0 = image_size x 256/224."""
     decoder: Literal["auto", "pillow", "torchvision"] = "auto"
     """What decodes photographs; "auto" = the one measured to be the fastest."""
@@ -283,7 +290,7 @@ class DataSection(_Section):
     """Endings of the images in shards; nothing else is decoded."""
     label_entry: Annotated[str, AfterValidator(_entry)] = "cls"
     """Ending of the labels in shards: whole numbers from 0, as text."""
-    classes: int = Field(default=0, ge=0)
+    classes: int = Field(default=0, ge=0, le=MAX_CLASSES)
     """Number of classes of shards or fake data; 0 = as their index says, imagenet: 1000, fake: 10."""
     on_error: Literal["stop", "skip"] = "stop"
     """A sample that cannot be read stops the run, or is left out, counted and named ("skip")."""
@@ -293,9 +300,9 @@ class DataSection(_Section):
     """Folder of unpacked and downloaded shards; empty = petractl/shards in $XDG_CACHE_HOME or ~/.cache."""
     allow_pipe: bool = False
     """Run "pipe:command" places in a shell. Only with recipes that you trust: it runs any command."""
-    channels: int = Field(default=0, ge=0)
+    channels: int = Field(default=0, ge=0, le=MAX_WIDTH)
     """Channels of fake images; 0 = 3."""
-    fake_samples: int = Field(default=1024, ge=4)
+    fake_samples: int = Field(default=1024, ge=4, le=MAX_SAMPLES)
     """Number of fake training images."""
 
 
@@ -348,7 +355,7 @@ class AuxiliarySection(_Section):
 
     name: Annotated[str, AfterValidator(_auxiliary_name)] = "cnn"
     """The net: "cnn", "mlp", "linear", "copy" (of the next block), or "package.module:function"."""
-    width: int = Field(default=0, ge=0)
+    width: int = Field(default=0, ge=0, le=MAX_WIDTH)
     """Width of the layers of "cnn" and "mlp"; 0 = the paper's: 32 and 1024, above 8 blocks 16 and 512."""
     arguments: dict[str, JsonValue] = {}
     """Table of keyword arguments for a "package.module:function" net."""

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fuzz_calls import call
+from fuzz_calls import call, sets
 from fuzz_runs import finished_run
 
 from petractl.restarts import told_by_journal
@@ -72,3 +72,34 @@ def test_a_damaged_line_of_the_journal_tells_nothing(tmp_path, line) -> None:
     """Deep brackets were a RecursionError, and a time too large for a float an OverflowError."""
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     assert told_by_journal(RunFolder(tmp_path)).began_s is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("model.width", 2**31 - 1, "1,000,000"),
+        ("model.classes", 2**63 - 1, "1,000,000,000"),
+        ("model.depth", 2**31 - 1, "10,000"),
+        ("data.classes", 2**63 - 1, "1,000,000,000"),
+        ("data.image_size", 2**31 - 1, "65,536"),
+        ("data.channels", 2**53 + 1, "1,000,000"),
+        ("data.batch_size", 2**63 - 1, "1,000,000,000"),
+        ("auxiliary.width", 2**63 - 1, "1,000,000"),
+    ],
+)
+def test_a_size_past_all_use_is_told(key, value, most) -> None:
+    """Ended in a RuntimeError ("Storage size calculation overflowed"), or went on for ever."""
+    ended = call("validate", "digits_revnet18", *sets(f"{key}={value}", "data.name=fake"))
+    assert ended.code == 2
+    assert f"{key}: must be at most {most}, not {value}" in ended.err
+
+
+@pytest.mark.parametrize("balance", ["memory", "time"])
+def test_a_net_past_all_memory_is_told(balance) -> None:
+    """Sizes that are right one by one ended in a RuntimeError of the whole net."""
+    sizes = ("model.width=1000000", "data.batch_size=1000000000", "data.image_size=65536")
+    cut = ("partition.stages=3", f"partition.balance={balance}")
+    ended = call("validate", "digits_revnet18", *sets("data.name=fake", "engine.device=cpu", *sizes, *cut))
+    assert ended.code == 2
+    assert "model: the net is too large: " in ended.err
+    assert "hint: make model.width" in ended.err
