@@ -172,7 +172,7 @@ class ExactPipeline:
 
         `source` is needed at place 0 only. `num_rows` is the most microbatches that a replica has: updates
         follow it. `offset` is the number of microbatches trained on before the epoch. `on_microbatch(i)` is
-        called in the last process, after the last stage's backward of microbatch i. The run can be saved
+        called in every process, after its highest stage's backward of microbatch i. The run can be saved
         after every update: nothing is then in flight.
 
         Raises:
@@ -291,7 +291,7 @@ class ExactPipeline:
                     num_stages=self.num_stages,
                     group=self._group,
                     stopwatch=self._stopwatch,
-                    on_backward=self._backward_done,
+                    on_backward=self._backward_done if body is self._bodies[-1] else _nothing,
                 )
                 for body in self._bodies
             ]
@@ -356,6 +356,10 @@ class ExactPipeline:
                 reason = str(error).strip().splitlines()[0]
                 raise PeerLost(f"{me} lost the connection to its pipeline ({reason})") from error
             raise
+
+
+def _nothing(microbatch: int) -> None:
+    pass
 
 
 class _Flush:

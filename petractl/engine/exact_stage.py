@@ -262,8 +262,7 @@ class WatchedStage(PipelineStage):
 
     def _done(self, chunk: int) -> None:
         self._body.part.counters.backwards += 1
-        if self.is_last:
-            self._on_backward(self.first + chunk)
+        self._on_backward(self.first + chunk)
 
 
 class _Output(torch.autograd.Function):

@@ -5,13 +5,9 @@ goes on from the first and the last of them.
 """
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,62 +111,3 @@ def test_replicas_are_drained_at_the_last_cut_and_go_on_with_other_stages(whole,
     assert done.returncode == 0, done.stderr
     assert "drained first, 1 microbatch of epoch 2" in done.stderr
     assert counted(run).items() >= {(0, 0): 9, (1, 0): 8}.items()
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "petractl", "run", str(folder / "recipe.toml"), *options]
-    with (folder / "output.txt").open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-
-
-def wait_for_epoch(run: Path, epoch: int, process: subprocess.Popen) -> None:
-    journal, end = run / "metrics.jsonl", time.monotonic() + 90.0
-    while not journal.exists() or journal.read_text().count("epoch_trained") < epoch:
-        assert time.monotonic() < end
-        assert process.poll() is None
-        time.sleep(0.01)
-
-
-def process_of(run: Path, rank: int) -> int:
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            start = next((x for x in environment if x.startswith(b"PETRACTL_START=")), b"")
-            if f"RANK={rank}".encode() in environment and str(run).encode() in start:
-                return int(entry.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def stopped_at(folder: Path, run: Path, process: subprocess.Popen) -> dict:
-    """Wait for the end; the only checkpoint is where the journal says that the run goes on."""
-    assert process.wait(timeout=60.0) == 130, (folder / "output.txt").read_text()
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["event"] == "run_interrupted"
-    (saved,) = (run / "checkpoints").iterdir()
-    told = json.loads((saved / "manifest.json").read_text())["state"]["training"]
-    assert last["microbatch"] == (told["microbatches_done"] or None)
-    assert last["epoch"] == told["epochs_done"] + 1
-    return last
-
-
-@pytest.mark.parametrize("epochs", [1, 3])
-def test_replicas_stop_at_one_row_wherever_the_signal_finds_them(tmp_path, epochs: int) -> None:
-    """Epochs take a few hundredths of a second: some processes are in one, some between two."""
-    run = begin(tmp_path, epochs=500, every="1000 epochs")
-    process = start(tmp_path, "--dir", str(run))
-    wait_for_epoch(run, epochs, process)
-    process.send_signal(signal.SIGTERM)
-    stopped_at(tmp_path, run, process)
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_one_process_that_is_told_in_evaluation_stops_all(tmp_path, rank: int) -> None:
-    """The training set is cut short, so that a quarter as many images take long to evaluate."""
-    run = begin(tmp_path, epochs=2, every="1000 epochs")
-    options = ("data.fake_samples=40000", "data.image_size=32", "data.steps_per_epoch=5")
-    options = (*options, "training.evaluate_every=1")
-    process = start(tmp_path, "--dir", str(run), *(word for key in options for word in ("--set", key)))
-    wait_for_epoch(run, 1, process)
-    os.kill(process_of(run, rank), signal.SIGTERM)
-    last = stopped_at(tmp_path, run, process)
-    assert (last["epoch"], last["microbatch"], last["cause"]) == (1, 5, "SIGTERM")
