@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petractl.errors import RunError
+from petractl.errors import NotSaved, RunError
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -176,7 +176,7 @@ class Draft:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            raise RunError(
+            raise NotSaved(
                 f"the checkpoint could not be written: {error}",
                 where=str(self.target),
                 hint="make room or give a folder that can be written; earlier checkpoints are as they were",

@@ -43,7 +43,18 @@ class DataError(UserError):
 
 
 class RunError(_ExplainedError):
-    """The run failed although its input was right (exit code 1)."""
+    """The run failed although its input was right (exit code 1).
+
+    `stands`: it is no consequence of other processes' ends, also where all were told to stop.
+    """
+
+    stands = False
+
+
+class NotSaved(RunError):  # noqa: N818 (what happened is the name)
+    """A checkpoint could not be written (exit code 1)."""
+
+    stands = True
 
 
 def refusal(error: OSError) -> str:
@@ -54,6 +65,14 @@ def refusal(error: OSError) -> str:
     if error.errno != errno.ENOSPC:
         words = (error.strerror or os.strerror(error.errno)).lower()
     return f"{words}: {error.filename}" if error.filename else words
+
+
+def lack_of_memory(error: Exception) -> str:
+    """Return what an error says of too little memory, in a line; "" where it is another error."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    # torch is not imported here, and its CPU allocator has no type of its own for this.
+    lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return lines[0] if lacks or "can't allocate memory" in lines[0] else ""
 
 
 _REFUSALS = (

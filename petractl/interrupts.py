@@ -43,6 +43,12 @@ class Interrupts:
         """Its name."""
         self.is_overdue = False
         """The deadline has passed in which the run should have been saved."""
+        self.leaving = False
+        """The run has stopped and is being saved: one more signal says nothing new.
+
+        It is this process's own, where another one or a file has told of the stop; or it comes from who
+        started the processes, and sees the first of them end.
+        """
         self._answered = False
         self._deadline_s: float | None = None
         self._first_at = 0.0
@@ -96,6 +102,9 @@ class Interrupts:
             self._say("all epochs are done and saved, finishing; once more to stop at once")
             return
         now = time.monotonic()
+        if self.leaving:
+            self.leaving, self.requested, self._first_at = False, True, now
+            return
         if self.requested and now - self._first_at < _SAME_S:
             return
         is_first, self.requested = not self.requested, True

@@ -152,7 +152,7 @@ class Session:
             self._saver = self._open_saver(bus)
             self._tell_start(bus, state)
             with self._interrupts.deferred(self._recipe.run.stop_deadline):
-                outcome = self._trainer(bus).run(state)
+                outcome = self._run(self._trainer(bus), state)
                 self._interrupts.finishing = True
             self._saver.finish()
             bus.emit(self._finished_event(outcome, time.perf_counter() - started))
@@ -174,6 +174,15 @@ class Session:
                 self._timeline.draw()
             bus.close()
         return 0
+
+    def _run(self, trainer: Trainer, state: TrainingState) -> Outcome:
+        try:
+            return trainer.run(state)
+        except Stopped:
+            # Somebody else may have said so; then the signal to this process is still to come.
+            is_one_of_several = isinstance(self._built.world, World)
+            self._interrupts.leaving = is_one_of_several or not self._interrupts.requested
+            raise
 
     def _out_of_memory(self, error: Exception, left: MemoryLeft | None) -> RunError:
         """Return the error that says what would fit; `left` was there before the first step."""
@@ -214,6 +223,8 @@ class Session:
 
         A neighbour that dies makes torchrun stop all others: a signal after that is no interruption.
         """
+        if isinstance(error, RunError) and error.stands:
+            return False
         world = self._built.world
         if isinstance(error, PeerLost) and not self._interrupts.requested:
             with contextlib.suppress(Exception):

@@ -65,8 +65,7 @@ class StageRecord(Protocol):
 class Cutter(Protocol):
     """Decides on cuts where microbatches enter, and takes what the stages hand over.
 
-    With replicas all must cut at the same row. Their updates wait for each other, so what the first replica
-    has told before an update, the others find after it.
+    With replicas all must cut at the same row: they agree on it with each update, for which they wait anyway.
     """
 
     def decide(self, microbatch: int) -> int:

@@ -69,6 +69,8 @@ class Place:
 class NonFinite(RunError):  # noqa: N818 (what happened is the name)
     """A number of the training is not finite; `place` is the first that was found."""
 
+    stands = True
+
     def __init__(self, place: Place) -> None:
         self.place = place
         hint = (

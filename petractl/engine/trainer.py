@@ -104,8 +104,12 @@ class Saving(Cutter, Protocol):
         """Save an epoch that is trained and not evaluated."""
         ...
 
-    def save_epoch(self, state: TrainingState, *, is_best: bool, is_last: bool) -> None:
-        """Save the end of an epoch, if it is due."""
+    def is_due(self) -> bool:
+        """Tell at the end of an epoch whether it is to be saved, as far as this process knows."""
+        ...
+
+    def save_epoch(self, state: TrainingState, *, is_best: bool, is_last: bool, is_due: bool) -> None:
+        """Save the end of an epoch, if there is a reason to."""
         ...
 
 
@@ -203,14 +207,15 @@ class Trainer:
             state = replace(state, epochs_done=epoch, microbatches_done=0, is_drained=True)
             # Stages stop together: each hears of it at the same place, here, in evaluation or by a cut.
             try:
-                if self._world.share(self._saver.is_stopping()):
+                stops, is_due = self._world.share((self._saver.is_stopping(), self._saver.is_due()))
+                if stops:
                     raise Stopped
                 if is_last or epoch % self._evaluate_every == 0:
                     state, is_best = self._evaluate(state)
             except Stopped:
                 self._saver.save_trained(trained)
                 raise
-            self._saver.save_epoch(state, is_best=is_best, is_last=is_last)
+            self._saver.save_epoch(state, is_best=is_best, is_last=is_last, is_due=is_due)
         return Outcome(state, self._images, self._training_s)
 
     def drain(self, state: TrainingState) -> TrainingState:

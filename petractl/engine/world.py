@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -115,6 +115,10 @@ class Alone:
         """Return 0."""
         return 0.0
 
+    def agree(self, number: int) -> Callable[[], int]:
+        """Return the number."""
+        return lambda: number
+
     def tell(self, key: str, value: str) -> None:
         """Do nothing: there is nobody to ask for it."""
 
@@ -138,6 +142,7 @@ class World:
         pipeline: dist.ProcessGroup,
         replicas: dist.ProcessGroup | None,
         backend: str,
+        firsts: dist.ProcessGroup | None = None,
         forward_headers: dist.ProcessGroup | None = None,
         backward_headers: dist.ProcessGroup | None = None,
     ) -> None:
@@ -150,6 +155,8 @@ class World:
         self.pipeline = pipeline
         """The ranks of this replica, in the order of their places; for exact pipelines."""
         self.replicas = replicas
+        self.firsts = firsts
+        """The ranks where images enter, one for each replica, by gloo; None for one replica."""
         self.forward_headers = forward_headers
         self.backward_headers = backward_headers
         self.backend = backend
@@ -228,6 +235,22 @@ class World:
                         if took < best:
                             best, offset = took, float(answer) - asked - took / 2
         return offset
+
+    def agree(self, number: int) -> Callable[[], int]:
+        """Begin to find the greatest number of the replicas' first places; what is returned waits for it.
+
+        Processes meet in it, whatever their devices are at.
+        """
+        box = torch.tensor([number])
+        work = dist.all_reduce(box, dist.ReduceOp.MAX, group=self.firsts, async_op=True)
+        assert work is not None, "called at a first place"
+
+        def agreed() -> int:
+            with _named_errors(self.me):
+                work.wait()
+            return int(box)
+
+        return agreed
 
     def close(self) -> None:
         """Part from the others, when all are done."""
@@ -383,7 +406,9 @@ def join(
     ]
     pipelines = [_group(ranks, kind, bounded) for ranks in by_replica]
     replicas: dist.ProcessGroup | None = None
+    firsts: dist.ProcessGroup | None = None
     if seat.num_replicas > 1:
+        firsts = _group([ranks[0] for ranks in by_replica], "gloo", bounded)
         copies = [_group(ranks, kind, bounded) for ranks in zip(*by_replica, strict=True)]
         replicas = copies[seat.place]
     world = World(
@@ -396,6 +421,7 @@ def join(
         pipeline=pipelines[seat.replica],
         replicas=replicas,
         backend=kind,
+        firsts=firsts,
         forward_headers=headers[0],
         backward_headers=headers[1],
     )

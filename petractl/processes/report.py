@@ -51,7 +51,8 @@ class Report:
     """How a worker ended, in its own words.
 
     `kind` is "lost" where another process was gone, "stalled" where a message did not come (from the rank
-    `waiting_for`). `explained`: `what` says it all, and nobody needs the traceback. `time` is of the clock
+    `waiting_for`). `explained`: `what` says it all, and nobody needs the traceback. `stands`: it is no
+    consequence of the others' ends. `time` is of the clock
     that runs evenly, the same for all processes of a machine: the other one may be set in the meantime.
     """
 
@@ -65,6 +66,7 @@ class Report:
     time: float = 0.0
     waiting_for: int | None = None
     explained: bool = False
+    stands: bool = False
 
     @property
     def place(self) -> str:
@@ -152,6 +154,7 @@ def report_of(error: BaseException, *, title: str, rank: int) -> Report:
             hint=error.hint,
             waiting_for=waiting_for,
             explained=True,
+            stands=isinstance(error, RunError) and error.stands,
         )
     if isinstance(error, OSError) and kind == "error" and refusal(error):
         return dataclasses.replace(head, what=refusal(error), explained=True)

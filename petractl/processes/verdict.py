@@ -95,8 +95,8 @@ def exit_code(endings: Sequence[Ending], *, interrupted_at: float | None = None)
     if interrupted_at is not None:
         failed = [e for e in failed if e.exit_code not in _STOP_SIGNALS]
     if told_at is not None:
-        # What fails after that fails because the others are leaving.
-        failed = [e for e in failed if e.time < told_at and e.kind != "lost"]
+        # What fails after that fails because the others are leaving, unless it says otherwise.
+        failed = [e for e in failed if (e.time < told_at and e.kind != "lost") or _stands(e)]
     if failed:
         raise _failure(failed[0], endings, was_stopped=told_at is not None)
     # Rank 0 is done only when everything is saved.
@@ -133,6 +133,10 @@ def _failure(cause: Ending, endings: Sequence[Ending], *, was_stopped: bool) -> 
 def _knows_why(cause: Ending) -> bool:
     """Tell whether a worker failed for a reason that it would meet again."""
     return cause.kind == "error" and cause.report is not None and cause.report.explained
+
+
+def _stands(ending: Ending) -> bool:
+    return ending.report is not None and ending.report.stands
 
 
 def _user_error(cause: Ending) -> UserError:

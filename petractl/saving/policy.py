@@ -1,9 +1,9 @@
 """When a run is saved: every so many updates, every so long, and when it is told to stop.
 
 The process where images enter decides, as each microbatch comes in (`engine.cut`). What depends on the update
-alone every replica decides for itself, with the same result. What depends on a clock, a signal or a file only
-the first process knows: it tells the other replicas through the store, before an update that all of them
-wait for, and all act on it after that update. Times are those of a clock that cannot be set.
+alone every replica decides for itself, with the same result. On what depends on a signal, a file or a clock
+(the first replica's) all agree with each update, and act on it after that. What found no place near the end
+of an epoch is saved there. Times are those of a clock that cannot be set.
 """
 
 import time
@@ -27,6 +27,10 @@ class Board(Protocol):
 
     def ask(self, key: str) -> str | None:
         """Return what was left last, None if nothing was."""
+        ...
+
+    def agree(self, number: int) -> Callable[[], int]:
+        """Begin to find the greatest number of the replicas; what is returned waits for it."""
         ...
 
 
@@ -119,21 +123,18 @@ class CutPolicy:
         self._epoch = 0
         self._saved_at = clock()
         self._agreed = 0
-        self._told = False
+        self._agreement: Callable[[], int] = int
 
     def begin(self, epoch: int) -> None:
         """Hear that an epoch begins, counted from 0."""
         self._epoch = epoch
         self._agreed = 0
-        self._told = False
 
     def decide(self, microbatch: int) -> int:
         """Return the flags of a cut after this microbatch of the epoch, 0 for none."""
-        in_flight_end = ((microbatch + self._ahead) // self._k + 1) * self._k
-        if self._num_replicas > 1 and in_flight_end >= self._rows:
-            # Replicas may have different microbatches in an epoch's last group: none may be in flight.
+        if self._is_closed(microbatch):
             return 0
-        closes = (microbatch + 1) % self._k == 0 or microbatch + 1 == self._rows
+        closes = self._closes_group(microbatch)
         flags = self._due_by_updates(microbatch) if closes else 0
         if self._num_replicas == 1:
             flags |= self._wanted(closes=closes)
@@ -144,22 +145,37 @@ class CutPolicy:
             self._saved_at = self._clock()
         return flags
 
+    def is_due(self) -> bool:
+        """Tell whether a checkpoint is due at the end of an epoch: one that found no place within it.
+
+        By updates every process knows it; by a clock the first one does.
+        """
+        last = range(max(0, self._rows - self._ahead - 2 * self._k), self._rows)
+        is_due = (
+            any(self._is_closed(m) and self._closes_group(m) and self._due_by_updates(m) for m in last)
+            or self._is_due_by_clock()
+        )
+        if is_due:
+            self._saved_at = self._clock()
+        return is_due
+
     def before_update(self, microbatch: int) -> None:
-        """Tell the other replicas what is wanted, before the update that all wait for."""
-        if self._num_replicas > 1 and self._replica == 0 and not self._told:
-            wanted = self._wanted(closes=True)
-            if wanted:
-                self._told = bool(wanted & STOP)
-                self._board.tell(self._key(microbatch), str(wanted))
+        """Begin to agree with the other replicas on what is wanted, before the update that all wait for."""
+        if self._num_replicas > 1:
+            self._agreement = self._board.agree(self._wanted(closes=self._replica == 0))
 
     def after_update(self, microbatch: int) -> None:
-        """Find out what the first replica has told before this update."""
+        """Find out what they have agreed on."""
         if self._num_replicas > 1:
-            told = self._board.ask(self._key(microbatch))
-            self._agreed |= int(told) if told else 0
+            self._agreed |= self._agreement()
 
-    def _key(self, microbatch: int) -> str:
-        return f"cut/{self._epoch}/{microbatch}"
+    def _is_closed(self, microbatch: int) -> bool:
+        """Tell whether no cut may be made: the last group is in flight, in which replicas differ."""
+        in_flight_end = ((microbatch + self._ahead) // self._k + 1) * self._k
+        return self._num_replicas > 1 and in_flight_end >= self._rows
+
+    def _closes_group(self, microbatch: int) -> bool:
+        return (microbatch + 1) % self._k == 0 or microbatch + 1 == self._rows
 
     def _due_by_updates(self, microbatch: int) -> int:
         every = self._interval.updates
@@ -173,5 +189,8 @@ class CutPolicy:
         """Return what signals, files and the clock ask for; a stop does not wait for an update."""
         if self._stops.look():
             return SAVE | STOP
-        is_due = self._interval.seconds and self._clock() - self._saved_at >= self._interval.seconds
-        return SAVE if is_due and closes else 0
+        return SAVE if closes and self._is_due_by_clock() else 0
+
+    def _is_due_by_clock(self) -> bool:
+        seconds = self._interval.seconds
+        return seconds > 0 and self._clock() - self._saved_at >= seconds

@@ -112,10 +112,14 @@ class Saver:
             state = replace(self._state, microbatches_done=cut.microbatch + 1, is_drained=False)
             self._write(self._taken.pop(cut.microbatch), state, started=started)
 
-    def save_epoch(self, state: TrainingState, *, is_best: bool, is_last: bool) -> None:
+    def is_due(self) -> bool:
+        """Tell at the end of an epoch whether it is to be saved, as far as this process knows."""
+        return self._policy.is_due()
+
+    def save_epoch(self, state: TrainingState, *, is_best: bool, is_last: bool, is_due: bool) -> None:
         """Save the end of an epoch if it is due, the best so far, or the last."""
         every = self._keeping.every_epochs
-        if is_best or is_last or (every and state.epochs_done % every == 0):
+        if is_best or is_last or is_due or (every and state.epochs_done % every == 0):
             started = time.perf_counter()
             snapshots = [self._photographer.take(stage) for stage in self._stages]
             self._write(snapshots, state, started=started, is_best=is_best)

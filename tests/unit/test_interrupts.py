@@ -83,6 +83,20 @@ def test_a_run_that_is_done_within_the_deadline_is_done() -> None:
         assert not interrupts.is_overdue
 
 
+def test_one_that_leaves_with_the_others_is_told_once_for_nothing(monkeypatch) -> None:
+    """Who has started the processes tells the rest to stop when the first has gone."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Interrupts().handled() as interrupts, interrupts.deferred(30.0):
+        signals(interrupts, 1)
+        now[0] += 2.0
+        interrupts.leaving = True
+        signals(interrupts, 2)
+        now[0] += 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signals(interrupts, 1)
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Interrupts().handled():

@@ -68,7 +68,10 @@ class Saver:
     def save_trained(self, state):
         self.trained.append(state)
 
-    def save_epoch(self, state, *, is_best, is_last):
+    def is_due(self):
+        return False
+
+    def save_epoch(self, state, *, is_best, is_last, is_due):
         self.epochs.append((is_best, state.best_epoch, is_last))
 
     def decide(self, microbatch):

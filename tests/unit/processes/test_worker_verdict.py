@@ -29,6 +29,7 @@ def told(
     waiting_for: int | None = None,
     stopped: bool = False,
     explained: bool = True,
+    stands: bool = False,
     stacks: str = "",
 ) -> Ending:
     report = Report(
@@ -39,6 +40,7 @@ def told(
         time=at,
         waiting_for=waiting_for,
         explained=explained,
+        stands=stands,
         traceback="Traceback (most recent call last):\n  own\n",
         hint="do this",
     )
@@ -198,6 +200,16 @@ def test_what_fails_after_an_interruption_is_no_failure() -> None:
         told(2, "lost", at=1.4),
     ]
     assert exit_code(endings, interrupted_at=1.0) == 130
+
+
+def test_who_could_not_save_at_an_interruption_is_told_and_not_started_again() -> None:
+    endings = [
+        told(0, "interrupted", at=2.0, stopped=True),
+        told(1, "error", at=1.5, what="the disk is full", stands=True),
+    ]
+    with pytest.raises(WorkersFailed, match="the disk is full") as caught:
+        exit_code(endings, interrupted_at=1.0)
+    assert not caught.value.can_restart
 
 
 def test_what_failed_before_an_interruption_is_told() -> None:

@@ -16,12 +16,18 @@ class Board:
 
     def __init__(self):
         self.texts = {}
+        self.numbers = []
 
     def tell(self, key, value):
         self.texts[key] = value
 
     def ask(self, key):
         return self.texts.get(key)
+
+    def agree(self, number):
+        """All of an update begin before the first of them asks."""
+        self.numbers.append(number)
+        return lambda: max(self.numbers)
 
 
 class Clock:
@@ -159,6 +165,7 @@ def lists(replicas_policies, until=ROWS):
         group = range(first, min(first + K, until))
         for p, cuts in zip(replicas_policies, found, strict=True):
             cuts |= {m: flags for m in group if (flags := p.decide(m))}
+        replicas_policies[0]._board.numbers.clear()
         for p in replicas_policies:
             p.before_update(group[-1])
         for p in replicas_policies:
@@ -189,6 +196,23 @@ def test_replicas_stop_together_and_only_once():
 def test_replicas_are_not_cut_in_the_last_group_where_they_may_differ():
     both = [policy(Interval(updates=1), replica=r, replicas=2) for r in range(2)]
     assert [decisions(p) for p in both] == [{3: SAVE, 7: SAVE}] * 2
+
+
+def test_what_was_due_in_the_last_group_is_due_at_the_end_of_the_epoch():
+    """Every second update: 2 (in the first epoch's midst), 4, and 6, which is the second epoch's last."""
+    both = [policy(Interval(updates=2), replica=r, replicas=2) for r in range(2)]
+    assert [(decisions(p, 0), p.is_due()) for p in both] == [({7: SAVE}, False)] * 2
+    assert [(decisions(p, 1), p.is_due()) for p in both] == [({3: SAVE}, True)] * 2
+    alone = policy(Interval(updates=2))
+    assert (decisions(alone, 1), alone.is_due()) == ({3: SAVE, 9: SAVE}, False)
+
+
+def test_by_a_clock_an_epoch_is_due_that_had_no_place_for_a_cut():
+    clock = Clock()
+    p = policy(Interval(seconds=60.0), ahead=ROWS, replicas=2, clock=clock)
+    assert (decisions(p), p.is_due()) == ({}, False)
+    clock.now += 60.0
+    assert (decisions(p), p.is_due(), p.is_due()) == ({}, True, False)
 
 
 def test_nor_where_something_in_flight_is_of_that_group():
