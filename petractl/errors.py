@@ -89,6 +89,10 @@ _REFUSALS = (
 )
 
 
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """The run ends where it can be saved, as it was told to."""
+
+
 class PeerLost(RunError):  # noqa: N818 (what happened is the name)
     """A process of the world is gone: this one ends because of another's failure (exit code 1).
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -36,13 +37,14 @@ from petractl.processes import (
 )
 from petractl.restarts import note_failure, restarted, tell_restart_by_torchrun
 from petractl.run_folder import RESOLVED, RunFolder
-from petractl.session import Session, state_of
+from petractl.session import EXIT_INTERRUPTED, STOPPED_KEY, Session, state_of
 from petractl.tracking.journal import JOURNAL_NAME
 from petractl.worker import LOGS, START_VARIABLE, Start
 
 _START_KEY = "petractl/start"
 _NO_START = "no start"
 _NOTHING_TO_DO = "nothing to do"
+_LAST_S = 1.0
 _RUN_DIR_KEY = "run_dir"
 _SHUTDOWN_S = 10.0
 _SHUTDOWN_MARGIN_S = 15.0  # rank 0 may wait 10 s for MLflow after it has saved
@@ -108,8 +110,14 @@ def _as_started(prepare: Preparation) -> int:
     if launch is not None and launch.world_size > 1:
         return _join(prepare, launch)
     store = connect(launch) if launch is not None and is_kept_by_torchrun() else None
+    if store is not None:
+        _stay_stopped(store, rank=0)
     with Interrupts().handled() as interrupts, _prepared(prepare, None, store) as ready:
-        return _train(ready, interrupts) if ready is not None else 0
+        code = _train(ready, interrupts) if ready is not None else 0
+        if store is not None and ready is not None and code == EXIT_INTERRUPTED:
+            command = shlex.join(["petractl", "resume", str(ready.folder.path)])
+            tell_later_starts(store, STOPPED_KEY, f"what it was told\n{command}")
+    return code
 
 
 @contextmanager
@@ -218,6 +226,7 @@ def _join(prepare: Preparation, launch: Launch) -> int:
         if launch.world_size == launch.local_world_size:
             os.environ.update(local_network())
         store = connect(launch)
+        _stay_stopped(store, rank=rank)
         if rank == 0:
             text = _NO_START
             try:
@@ -236,6 +245,18 @@ def _join(prepare: Preparation, launch: Launch) -> int:
         with reported(start.title(rank), rank):
             _train_jointly(start, launch, store)
     return 0
+
+
+def _stay_stopped(store: Any, *, rank: int) -> None:
+    """End, with 130, where the processes before these have stopped the run as they were told to."""
+    told = told_by_earlier_start(store, STOPPED_KEY)
+    if told:
+        cause, _, command = told.partition("\n")
+        if rank:
+            time.sleep(_LAST_S)  # the first to end has torchrun end the others
+        else:
+            sys.stderr.write(f"stopped by {cause}: not started again\nhint: continue with: {command}\n")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _train_jointly(start: Start, launch: Launch, store: Any) -> None:

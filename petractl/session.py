@@ -6,10 +6,12 @@ save, and the first alone has the journal, the console and MLflow; the others ke
 """
 
 import contextlib
+import json
 import secrets
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,16 @@ import torch
 from petractl import build, checkpoint
 from petractl.build.advice import memory_advice
 from petractl.engine.assembly import stage_bounds
-from petractl.engine.cut import Stopped
 from petractl.engine.diagnosis import Diagnosis, Observable, observe
 from petractl.engine.evaluation import Scores
 from petractl.engine.memory import keep_freed_memory, peak_memory_bytes
 from petractl.engine.memory_left import MemoryLeft, memory_left
 from petractl.engine.numbers import Numbers
 from petractl.engine.process_pipeline import ProcessPipeline
+from petractl.engine.sentinel import NonFinite, Place
 from petractl.engine.trainer import Outcome, Trainer, TrainingState, stretch_of
 from petractl.engine.world import World
-from petractl.errors import PeerLost, Problem, RunError
+from petractl.errors import PeerLost, Problem, RunError, Stopped
 from petractl.estimator import LOCAL
 from petractl.events import (
     EventBus,
@@ -56,9 +58,12 @@ from petractl.tracking.timeline import TimelineFiles
 
 EXIT_INTERRUPTED = 130
 
+STOPPED_KEY = "stopped"
+"""Under which a run that was stopped tells later starts by torchrun what by, and the command that goes on."""
 _FAILURE_KEY = "failure"
 _INTERRUPTED_KEY = "interrupted"
 _DIED_KEY = "died"
+_NON_FINITE_KEY = "non-finite"
 _NOTICE_S = 0.5  # in which a broken connection is noticed, and told
 
 
@@ -158,6 +163,10 @@ class Session:
             bus.emit(self._finished_event(outcome, time.perf_counter() - started))
         except BaseException as error:
             if not self._is_interruption(error):
+                if isinstance(error, NonFinite):
+                    first = self._first_not_finite(error)
+                    bus.emit(RunFailed(message=self._cause(first)))
+                    raise first from None
                 bus.emit(RunFailed(message=self._cause(error)))
                 if isinstance(error, Exception) and _is_out_of_memory(error):
                     raise self._out_of_memory(error, left) from error
@@ -184,6 +193,20 @@ class Session:
             self._interrupts.leaving = is_one_of_several or not self._interrupts.requested
             raise
 
+    def _first_not_finite(self, error: NonFinite) -> NonFinite:
+        """Return the first of what the processes have found; each diverges by itself, a moment apart."""
+        world = self._built.world
+        if not isinstance(world, World):
+            return error
+        places = [error.place]
+        with contextlib.suppress(Exception):
+            world.tell(f"{_NON_FINITE_KEY}/{world.seat.rank}", json.dumps(asdict(error.place)))
+            time.sleep(_NOTICE_S)
+            size = world.seat.num_places * world.seat.num_replicas
+            told = [world.ask(f"{_NON_FINITE_KEY}/{rank}") for rank in range(size)]
+            places += [Place.of(json.loads(text)) for text in told if text]
+        return NonFinite(min(places, key=Place.order))
+
     def _out_of_memory(self, error: Exception, left: MemoryLeft | None) -> RunError:
         """Return the error that says what would fit; `left` was there before the first step."""
         world = self._built.world
@@ -205,6 +228,10 @@ class Session:
             return
         with contextlib.suppress(KeyboardInterrupt), self._interrupts.limited(self._recipe.run.stop_deadline):
             self._saver.part_stopped()
+            # torchrun takes an end with 130 for a failure, and starts all again.
+            if self._built.world.seat.rank == 0:
+                event = self._interrupted_event()
+                self._built.world.tell_later_starts(STOPPED_KEY, f"{event.cause}\n{event.resume_command}")
 
     def _interrupted_event(self) -> RunInterrupted:
         """Say where the run goes on: from what this session has saved, else from where it began."""

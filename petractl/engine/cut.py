@@ -44,10 +44,6 @@ class StageCut:
     state: dict[str, Any]
 
 
-class Stopped(Exception):  # noqa: N818 (not an error)
-    """The run ends at a cut, as it was told to."""
-
-
 class StageRecord(Protocol):
     """What everyone may know of a stage: who it is, what it has done, how it updates, what it holds."""
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from petractl.data.normalisation import Normalisation
-from petractl.engine.cut import STOP, Stopped
+from petractl.engine.cut import STOP
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.messages import Activation
 from petractl.engine.world import World
+from petractl.errors import Stopped
 from petractl.models.units import as_streams
 
 

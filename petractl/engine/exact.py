@@ -33,7 +33,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from petractl.engine.cut import STOP, Cutter, StageCut, Stopped
+from petractl.engine.cut import STOP, Cutter, StageCut
 from petractl.engine.exact_rules import exact_schedule_problem, flushes
 from petractl.engine.exact_stage import (
     Body,
@@ -49,7 +49,7 @@ from petractl.engine.recorder import Recorder
 from petractl.engine.schedule import WHOLE_EPOCH, Stretch
 from petractl.engine.stage import Loss
 from petractl.engine.stopwatch import Stopwatch
-from petractl.errors import PeerLost, RunError, Stalled
+from petractl.errors import PeerLost, RunError, Stalled, Stopped
 
 _SIZES_TAG, _LABELS_TAG = 7001, 7002
 

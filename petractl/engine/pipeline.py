@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar, cast
 from torch import Tensor
 
 from petractl.engine import wire
-from petractl.engine.cut import STOP, Cutter, PendingCuts, StageCut, StageRecord, Stopped
+from petractl.engine.cut import STOP, Cutter, PendingCuts, StageCut, StageRecord
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
 from petractl.engine.recorder import Recorder
@@ -29,7 +29,7 @@ from petractl.engine.stage import Counters, Totals
 from petractl.engine.tensor_tree import Tree
 from petractl.engine.transport import Mailbox
 from petractl.engine.update import Updater
-from petractl.errors import RunError
+from petractl.errors import RunError, Stopped
 
 MicrobatchSource = Iterator[tuple[Tensor, Tensor]]
 """Images (n, c, h, w) and labels (n,), one microbatch after the other."""

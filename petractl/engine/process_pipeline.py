@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from petractl.engine.cut import STOP, Cutter, PendingCuts, StageCut, Stopped
+from petractl.engine.cut import STOP, Cutter, PendingCuts, StageCut
 from petractl.engine.links import Inbox, Outbox
 from petractl.engine.measures import Measures
 from petractl.engine.messages import Activation, Gradient
@@ -27,7 +27,7 @@ from petractl.engine.schedule import (
     stage_operations,
 )
 from petractl.engine.stopwatch import Stopwatch
-from petractl.errors import PeerLost, RunError, Stalled
+from petractl.errors import PeerLost, RunError, Stalled, Stopped
 
 _CPU = torch.device("cpu")
 

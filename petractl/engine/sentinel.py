@@ -59,6 +59,16 @@ class Place:
     kind: Kind
     microbatch: int
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "Place":
+        """Return the place that `asdict` has taken apart."""
+        return cls(**{**fields, "kind": Kind(fields["kind"])})
+
+    def order(self) -> tuple[int, bool, int]:
+        """Return what sorts places of several stages: microbatches, each upwards and then downwards."""
+        comes_down = self.kind not in (Kind.ACTIVATION, Kind.LOSS, Kind.RECEIVED_ACTIVATION)
+        return self.microbatch, comes_down, -self.stage if comes_down else self.stage
+
     def __str__(self) -> str:
         of_unit = "" if self.unit is None else f" of unit {self.unit} ({self.name})"
         if self.kind is Kind.RECEIVED_ACTIVATION and self.stage == 0:
@@ -222,7 +232,7 @@ class Sentinel:
         """Go on counting from what `suspended` returned."""
         first = state["first"]
         self._skipped = state["count"]
-        self._first = None if first is None else Place(**{**first, "kind": Kind(first["kind"])})
+        self._first = None if first is None else Place.of(first)
 
     def take_skipped(self) -> SkippedUpdates | None:
         """Return what was left out since the last time."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from petractl.engine.cut import Cutter, Stopped
+from petractl.engine.cut import Cutter
 from petractl.engine.data_watch import DataWatch, TrainingData, samples_skipped
 from petractl.engine.diagnosis import Diagnosis, StageDiagnosis
 from petractl.engine.evaluation import Evaluation, LabelledBatch, Placement, Scores
@@ -28,6 +28,7 @@ from petractl.engine.recorder import Record, Recorder
 from petractl.engine.schedule import Stretch, num_updates
 from petractl.engine.stage import Counters
 from petractl.engine.world import Alone, World
+from petractl.errors import Stopped
 from petractl.events import (
     EpochStarted,
     EpochTrained,

@@ -122,6 +122,9 @@ class Alone:
     def tell(self, key: str, value: str) -> None:
         """Do nothing: there is nobody to ask for it."""
 
+    def tell_later_starts(self, key: str, value: str) -> None:
+        """Do nothing: nobody is started in its place."""
+
     def ask(self, key: str) -> str | None:
         """Return None."""
         return None
@@ -262,6 +265,11 @@ class World:
         self._store.set(key, value)
         # A set is sent and not answered; a question on the same connection is answered after it is done.
         self._store.check([key])
+
+    def tell_later_starts(self, key: str, value: str) -> None:
+        """Leave a text for the processes that torchrun may start in place of these."""
+        if is_kept_by_torchrun():
+            tell_later_starts(self._store.underlying_store, key, value)
 
     def ask(self, key: str) -> str | None:
         """Return what was told last under `key`, None if nothing was; does not wait."""

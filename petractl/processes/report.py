@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from petractl.errors import PeerLost, RunError, Stalled, UserError, refusal
+from petractl.errors import PeerLost, RunError, Stalled, Stopped, UserError, refusal
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -139,7 +139,7 @@ def report_of(error: BaseException, *, title: str, rank: int) -> Report:
     """Return the report of an exception that ended a worker."""
     if isinstance(error, KeyboardInterrupt) and isinstance(error.__context__, Exception):
         # Told to stop while it was about to end anyway: what counts is what it was ending of.
-        error = error.__context__
+        error = error.__context__ if not isinstance(error.__context__, Stopped) else error
     trace = "".join(traceback.format_exception(error))
     kind = _kind_of(error)
     head = Report(kind=kind, title=title, rank=rank, what="", traceback=trace, time=time.monotonic())

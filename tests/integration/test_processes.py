@@ -574,3 +574,17 @@ def test_an_exact_pipeline_has_the_loss_of_backprop(
     if schedule == "1f1b":
         assert resume(folder, "training.epochs=2").exit_code == 0
         assert [r["epoch"] for r in journal(folder, "epoch_trained")] == [1, 2]
+
+
+def test_of_stages_that_all_diverge_the_first_to_do_so_is_named(tmp_path) -> None:
+    """Each finds its own numbers bad, the last one first: what one process says, several say."""
+    diverging = (*SMALL, "partition.stages=2", "optimizer.lr=1e30", "training.warmup_epochs=0")
+    said = []
+    for mode in (IN_PROCESS, PROCESSES):
+        result = run(tmp_path / mode, *diverging, mode)
+        assert result.exit_code == 1
+        (failed,) = journal(tmp_path / mode, "run_failed")
+        said.append(failed["message"].partition("not finite: ")[2].splitlines()[0])
+        assert said[-1] in result.stderr
+    assert said[0].startswith("activation of unit ")
+    assert said[0] == said[1]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,10 +39,10 @@ mlflow = false
 """
 
 
-def start(folder: Path, *keys: str) -> subprocess.Popen:
+def start(folder: Path, *keys: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
     (folder / "recipe.toml").write_text(RECIPE)
     options = [word for key in keys for word in ("--set", key)]
-    command = [sys.executable, "-m", "petractl", "run", str(folder / "recipe.toml"), *options]
+    command = [sys.executable, *launcher, "-m", "petractl", "run", str(folder / "recipe.toml"), *options]
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
             [*command, "--dir", str(folder / "run")], stdout=output, stderr=subprocess.STDOUT
@@ -106,6 +107,23 @@ def test_a_process_in_the_middle_of_an_exact_pipeline_stops_all(tmp_path) -> Non
     last = stopped_at(tmp_path, process)
     assert last["cause"] == "SIGTERM"
     assert last["microbatch"] % 4 == 0
+
+
+def test_what_a_notice_has_stopped_torchrun_does_not_start_again(tmp_path) -> None:
+    """For torchrun every end with 130 is a failure, and it has restarts left."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    process = start(tmp_path, f"run.notice_file={tmp_path / 'notice'}", launcher=torchrun)
+    wait_for(tmp_path, "epoch_trained", 2, process)
+    (tmp_path / "notice").touch()
+    assert process.wait(timeout=90.0) == 1
+    told = (tmp_path / "output.txt").read_text()
+    assert told.count("not started again") == 2
+    assert f"hint: continue with: petractl resume {tmp_path / 'run'}" in told
+    assert "Stopped" not in told
+    events = [json.loads(x)["event"] for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert events[-1] == "run_interrupted"
+    assert events.count("run_started") == 1
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
 def test_one_that_cannot_be_saved_within_the_deadline_says_so_and_stops(tmp_path) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from small_nets import ALL_METHODS, inner, make_pipeline, make_stages, make_units, microbatches, tensors
 
-from petractl.engine.cut import SAVE, STOP, PendingCuts, StageCut, Stopped, recorded_state, restore_recorded
+from petractl.engine.cut import SAVE, STOP, PendingCuts, StageCut, recorded_state, restore_recorded
 from petractl.engine.schedule import Stretch
 from petractl.engine.tensor_tree import put_together, taken_apart
+from petractl.errors import Stopped
 from petractl.methods.family import method_spec
 
 COUNT, OFFSET = 8, 20

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from petractl.data.normalisation import Normalisation
 from petractl.data.preparation import normalise
-from petractl.engine.cut import Stopped
 from petractl.engine.evaluation import PipelinedEvaluation, Placement, evaluate
 from petractl.engine.world import Alone
+from petractl.errors import Stopped
 from petractl.models.units import Network
 
 CPU = Placement(torch.device("cpu"), torch.contiguous_format)

@@ -8,9 +8,9 @@ import pytest
 
 from petractl import build
 from petractl.data.encoded import BadSample
-from petractl.engine.cut import Stopped
 from petractl.engine.evaluation import Scores
 from petractl.engine.trainer import Trainer, TrainingState
+from petractl.errors import Stopped
 from petractl.events import EpochTrained, Evaluated, Event, SamplesSkipped, StepsDone, WarningRaised
 from petractl.recipe.load import load_recipe
 
