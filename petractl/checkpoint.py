@@ -227,8 +227,6 @@ def load_checkpoint(
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] not in READABLE:
-            raise _of_another_version(path, manifest["format"])
         _check_manifest(path, manifest)
         tensors: dict[str, dict[str, Tensor]] = {}
         pipelines: dict[str, dict[str, Tensor]] = {}
@@ -263,10 +261,12 @@ _WRONG_VALUES = (
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Take the manifest's own checksum out of it, and check it; the first format had none."""
-    told = manifest.pop(_OWN_SUM, None)
-    if manifest["format"] > 1 and told != _digest(manifest):
+    """Take the manifest's own checksum out of it, and check it and the format; the first one had none."""
+    told, found = manifest.pop(_OWN_SUM, None), manifest["format"]
+    if told != (None if found == 1 else _digest(manifest)):
         raise _damaged(path, f"its {MANIFEST} is not what was written")
+    if found not in READABLE:
+        raise _of_another_version(path, found)
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -57,6 +57,12 @@ class NotSaved(RunError):  # noqa: N818 (what happened is the name)
     stands = True
 
 
+class OutOfMemory(RunError):  # noqa: N818 (what happened is the name)
+    """The device, or the machine, has too little memory (exit code 1)."""
+
+    stands = True
+
+
 def refusal(error: OSError) -> str:
     """Return what the system refuses, and for which file, in words; "" where it is no refusal but a bug."""
     if error.errno not in _REFUSALS:

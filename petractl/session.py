@@ -29,7 +29,7 @@ from petractl.engine.process_pipeline import ProcessPipeline
 from petractl.engine.sentinel import NonFinite, Place
 from petractl.engine.trainer import Outcome, Trainer, TrainingState, stretch_of
 from petractl.engine.world import World
-from petractl.errors import PeerLost, Problem, RunError, Stopped
+from petractl.errors import OutOfMemory, PeerLost, Problem, RunError, Stopped, lack_of_memory
 from petractl.estimator import LOCAL
 from petractl.events import (
     EventBus,
@@ -40,7 +40,7 @@ from petractl.events import (
     WarningRaised,
 )
 from petractl.interrupts import Interrupts
-from petractl.processes import is_child_of_petractl, log_name
+from petractl.processes import is_child_of_petractl, kind_of, log_name
 from petractl.recipe.flatten import as_parameters
 from petractl.run_folder import RunFolder
 from petractl.saving.identity import PipelineIdentity
@@ -168,7 +168,7 @@ class Session:
                     bus.emit(RunFailed(message=self._cause(first)))
                     raise first from None
                 bus.emit(RunFailed(message=self._cause(error)))
-                if isinstance(error, Exception) and _is_out_of_memory(error):
+                if isinstance(error, Exception) and lack_of_memory(error):
                     raise self._out_of_memory(error, left) from error
                 raise
             self._save_before_stopping(error)
@@ -214,10 +214,8 @@ class Session:
         what, hint = "", f"lower data.batch_size (now {self._recipe.data.batch_size})"
         with contextlib.suppress(Exception):  # the model is advice; without it the error still stands
             what, hint = memory_advice(self._plan, stage=stage, left=left)
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return RunError(
-            f"out of memory: {first}" + (f" ({what})" if what else ""), hint=f"{hint}; checkpoints are intact"
-        )
+        told = f"out of memory: {lack_of_memory(error)}" + (f" ({what})" if what else "")
+        return OutOfMemory(told, hint=f"{hint}; checkpoints are intact")
 
     def _save_before_stopping(self, error: BaseException) -> None:
         """Wait until what was handed over at the stop is saved.
@@ -250,14 +248,13 @@ class Session:
 
         A neighbour that dies makes torchrun stop all others: a signal after that is no interruption.
         """
-        if isinstance(error, RunError) and error.stands:
-            return False
         world = self._built.world
         if isinstance(error, PeerLost) and not self._interrupts.requested:
             with contextlib.suppress(Exception):
                 return world.ask(_INTERRUPTED_KEY) is not None
             return False
-        if isinstance(error, KeyboardInterrupt | Stopped) or self._interrupts.requested:
+        is_left_by_others = kind_of(error) in ("lost", "stalled") and self._interrupts.requested
+        if isinstance(error, KeyboardInterrupt | Stopped) or is_left_by_others:
             with contextlib.suppress(Exception):
                 if self._others_died():
                     return False
@@ -461,8 +458,3 @@ class Session:
             images_per_s=outcome.images / outcome.training_s if outcome.images else None,
             peak_memory_bytes=peak_memory_bytes(self._built.placement.device),
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell a lack of memory from other errors; the CPU's allocator has no type of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

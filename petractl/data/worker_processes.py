@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from petractl.data.prefetch import JOBS_PER_WORKER, prepared
@@ -149,7 +150,13 @@ def _begin_worker(_number: int) -> None:
     torch watches this process's parent, which is the fork server; and that lives as long as its children.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_first)
     threading.Thread(target=_end_with_parent, name="petractl-parent", daemon=True).start()
+
+
+def _outlive_first(number: int, frame: FrameType | None) -> None:
+    """Outlive one signal: systemd and Slurm tell all processes of a run to stop, and it saves first."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end_with_parent() -> None:

@@ -11,6 +11,7 @@ from petractl.processes.report import (
     die_with_parent,
     end_process,
     is_child_of_petractl,
+    kind_of,
     reported,
 )
 from petractl.processes.verdict import WorkersFailed
@@ -21,6 +22,7 @@ __all__ = [
     "die_with_parent",
     "end_process",
     "is_child_of_petractl",
+    "kind_of",
     "local_network",
     "log_name",
     "redirect_output",

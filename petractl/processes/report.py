@@ -141,7 +141,7 @@ def report_of(error: BaseException, *, title: str, rank: int) -> Report:
         # Told to stop while it was about to end anyway: what counts is what it was ending of.
         error = error.__context__ if not isinstance(error.__context__, Stopped) else error
     trace = "".join(traceback.format_exception(error))
-    kind = _kind_of(error)
+    kind = kind_of(error)
     head = Report(kind=kind, title=title, rank=rank, what="", traceback=trace, time=time.monotonic())
     if kind == "interrupted":
         return dataclasses.replace(head, what="was interrupted", explained=True)
@@ -191,7 +191,8 @@ def read_report(path: Path) -> Report | None:
         return None
 
 
-def _kind_of(error: BaseException) -> Kind:
+def kind_of(error: BaseException) -> Kind:
+    """Return what an exception means for the run; see `Report`."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, SystemExit) and error.code == EXIT_INTERRUPTED:

@@ -21,7 +21,7 @@ from petractl.engine.messages import Activation
 from petractl.engine.stage import Counters
 from petractl.engine.tensor_tree import put_together
 from petractl.engine.trainer import TrainingState
-from petractl.errors import Problem, RunError
+from petractl.errors import Problem, RunError, lack_of_memory
 from petractl.optim import load_optimizer_state
 from petractl.saving.snapshot import AUXILIARY, BUFFER, GRADIENT, MODEL, OPTIMIZER, Photographer, part_name
 
@@ -52,7 +52,7 @@ class Restorer:
         try:
             return self._restore()
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if lack_of_memory(error):
                 raise
             raise RunError(
                 f"it does not fit this run ({type(error).__name__}: {str(error).splitlines()[0]})",

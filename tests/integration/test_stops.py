@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,21 @@ def test_what_a_notice_has_stopped_torchrun_does_not_start_again(tmp_path) -> No
     assert events[-1] == "run_interrupted"
     assert events.count("run_started") == 1
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("mode", ["in-process", "processes"])
+def test_one_that_cannot_be_saved_fails(tmp_path, mode: str) -> None:
+    process = start(tmp_path, f"engine.mode={mode}")
+    wait_for(tmp_path, "epoch_trained", 1, process)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").touch()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60.0) == 1
+    told = (tmp_path / "output.txt").read_text()
+    assert "the checkpoint could not be written" in told
+    assert "Traceback" not in told
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "run_failed"
 
 
 def test_one_that_cannot_be_saved_within_the_deadline_says_so_and_stops(tmp_path) -> None:

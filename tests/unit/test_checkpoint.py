@@ -10,6 +10,7 @@ import torch
 from petractl.checkpoint import (
     Moment,
     OtherVersion,
+    _digest,
     checkpoint_paths,
     discard_unfinished,
     load_checkpoint,
@@ -155,9 +156,21 @@ def test_there_is_none_in_an_empty_folder(tmp_path) -> None:
 def test_one_of_a_newer_version_is_not_called_damaged(tmp_path) -> None:
     path = save(tmp_path, 1)
     manifest = path / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    content = {**json.loads(manifest.read_text()), "format": 99}
+    content["sha256"] = _digest({name: value for name, value in content.items() if name != "sha256"})
+    manifest.write_text(json.dumps(content))
     with pytest.raises(OtherVersion, match="a newer petractl made it"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 6])
+def test_a_bit_of_the_format_is_damage_as_any_other(tmp_path, number: int) -> None:
+    path = save(tmp_path, 1)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', f'"format": {number}'))
+    with pytest.raises(RunError, match="is not what was written") as caught:
+        load_checkpoint(path)
+    assert not isinstance(caught.value, OtherVersion)
 
 
 def test_what_killed_processes_left_is_cleared_away_and_what_was_being_replaced_is_put_back(tmp_path) -> None:

@@ -190,6 +190,18 @@ def test_ctrl_c_is_the_parents_to_take(parent: subprocess.Popen[str]) -> None:
     _wait_until_gone(workers)
 
 
+@pytest.mark.parametrize("parent", [100_000], indirect=True)
+def test_workers_outlive_a_signal_to_the_whole_run(parent: subprocess.Popen[str]) -> None:
+    """systemd and Slurm send SIGTERM to every process; the run must still save, and its end ends them."""
+    workers = _workers_of(parent.pid)
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert all(map(_is_alive, workers))
+    os.kill(workers[0], signal.SIGTERM)
+    _wait_until_gone(workers[:1])
+
+
 def test_the_automatic_number_leaves_a_cpu_to_the_training() -> None:
     assert automatic_workers(on_cpu=True, processes=1) == 0
     assert automatic_workers(on_cpu=False, processes=1) == min(8, usable_cores())
