@@ -1,8 +1,8 @@
 """What one stage is at a cut: all of its tensors by name, safe from the training that goes on.
 
 Parameters, buffers, the optimiser's state and the open averages of a group change in place, so they are
-copied, on their device: that is all that training waits for. What is in flight does not change, and is only
-referred to.
+copied, on their device: that is all that training waits for. Where a GPU has no room for the copies beside
+what training takes, they go to the host at once. What is in flight does not change, and is only referred to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from petractl.build import Built
 from petractl.checkpoint import PIPELINE
 from petractl.engine.cut import StageCut, StageRecord, recorded_state
+from petractl.engine.memory_left import memory_left
 from petractl.engine.tensor_tree import taken_apart
 from petractl.optim import Number, optimizer_state
 
@@ -79,7 +80,8 @@ class Photographer:
             own, description = self._in_flight(stage, cut)
         groups, numbers = ({}, {}) if replica else self._of_the_run(stage)
         if replica and cut is not None:
-            own |= {BUFFER + name: b.clone() for name, b in self._buffers(stage).items()}
+            buffers = self._buffers(stage)
+            own |= self._copies({BUFFER + name: b for name, b in buffers.items()})
         device = self._built.placement.device
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         part, counters = part_name(stage.index, replica), asdict(stage.counters)
@@ -91,10 +93,28 @@ class Photographer:
 
     def _of_the_run(self, stage: StageRecord) -> tuple[dict[str, dict[str, Tensor]], dict[str, Number]]:
         state, numbers = optimizer_state(stage.updater.optimizer, self.named_parameters(stage))
-        groups = {MODEL: _copies(self._module_state(stage)), OPTIMIZER: _copies(state)}
+        groups = {MODEL: self._copies(self._module_state(stage)), OPTIMIZER: self._copies(state)}
         if self._built.auxiliary is not None:
-            groups[AUXILIARY] = _copies(self._auxiliary_state(stage))
+            groups[AUXILIARY] = self._copies(self._auxiliary_state(stage))
         return groups, numbers
+
+    def _copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stays = self._built.placement.device.type != "cuda" or self._has_room(self._built.placement.device)
+        return {name: copy_of(tensor, stays=stays) for name, tensor in tensors.items()}
+
+    def _has_room(self, device: torch.device) -> bool:
+        """Tell whether a GPU has room for copies of all stages here beside what training takes at most."""
+        left = memory_left(device)
+        trained = [p for stage in self._built.pipeline.stages for _, p in self.named_parameters(stage)]
+        optimizers = [stage.updater.optimizer for stage in self._built.pipeline.stages]
+        states = [x for o in optimizers for state in o.state.values() for x in state.values()]
+        copied = [*trained, *(p.grad for p in trained), *states]
+        return left is None or fits_beside(
+            sum(x.nbytes for x in copied if isinstance(x, Tensor)),
+            left=left.bytes,
+            allocated=torch.cuda.memory_allocated(device),
+            peak=torch.cuda.max_memory_allocated(device),
+        )
 
     def _in_flight(self, stage: StageRecord, cut: StageCut) -> tuple[dict[str, Tensor], dict[str, Any]]:
         sent = [
@@ -110,9 +130,9 @@ class Photographer:
         }
         tensors, description = taken_apart(tree, name="in_flight")
         gradients = {
-            GRADIENT + name: p.grad.clone() for name, p in self.named_parameters(stage) if p.grad is not None
+            GRADIENT + name: p.grad for name, p in self.named_parameters(stage) if p.grad is not None
         }
-        return tensors | gradients, cast(dict[str, Any], description)
+        return tensors | self._copies(gradients), cast(dict[str, Any], description)
 
     def _units(self, stage: StageRecord) -> dict[str, nn.Module]:
         units = cast(Any, self._built.network).units
@@ -144,8 +164,19 @@ class Photographer:
         return found
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+def fits_beside(needed: int, *, left: int, allocated: int, peak: int) -> bool:
+    """Tell whether so many bytes can be taken while training goes on, which may get to its peak again."""
+    return needed <= left - max(0, peak - allocated)
+
+
+def copy_of(tensor: Tensor, *, stays: bool) -> Tensor:
+    """Return a copy, on the same device if it is to stay there and has room, else in the host's memory."""
+    if stays:
+        try:
+            return tensor.detach().clone()
+        except torch.OutOfMemoryError:
+            pass
+    return tensor.detach().to("cpu", copy=True)
 
 
 def on_host(snapshot: Snapshot) -> Snapshot:
