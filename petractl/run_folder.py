@@ -142,6 +142,7 @@ def create_run_folder(directory: Path | None, *, parent: str, recipe_name: str) 
     Raises:
         UserError: it exists and is not empty, or cannot be made.
     """
+    _check_name(directory or Path(parent))
     try:
         if directory is None:
             return RunFolder(_new_folder(Path(parent), recipe_name))
@@ -162,6 +163,17 @@ def create_run_folder(directory: Path | None, *, parent: str, recipe_name: str) 
             hint=f"give a new one, or continue that run: petractl resume {directory}",
         )
     return RunFolder(directory)
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            "the folder's name is not UTF-8, and checkpoints could not be read there",
+            where=ascii(str(path))[1:-1],
+            hint="give another one with --dir or run.directory",
+        ) from None
 
 
 def open_run_folder(path: Path) -> RunFolder:

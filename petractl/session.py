@@ -32,6 +32,7 @@ from petractl.engine.world import World
 from petractl.errors import OutOfMemory, PeerLost, Problem, RunError, Stopped, lack_of_memory
 from petractl.estimator import LOCAL
 from petractl.events import (
+    CheckpointSaved,
     EventBus,
     RunFailed,
     RunFinished,
@@ -117,6 +118,7 @@ class Session:
         self._skipped: dict[int, dict[str, Any]] = {}
         self._state = TrainingState()
         self._timeline: TimelineFiles | None = None
+        self._resolved = ""
 
     def warn(self, problems: Sequence[Problem]) -> None:
         """Add warnings to those told at the start."""
@@ -149,6 +151,8 @@ class Session:
     def train(self, state: TrainingState) -> int:
         """Run to the end; returns the exit code."""
         self._state = state
+        with contextlib.suppress(OSError):
+            self._resolved = self._folder.resolved.read_text(encoding="utf-8")
         bus = self._open_bus()
         self._timeline = self._timeline_files(bus) if self._trace else None
         started = time.perf_counter()
@@ -337,8 +341,17 @@ class Session:
             photographer=self._photographer,
             token=token,
             wait_s=self._recipe.engine.stall_timeout,
-            saved=bus.emit,
+            saved=lambda event: self._note_saved(bus, event),
         )
+
+    def _note_saved(self, bus: EventBus, event: CheckpointSaved) -> None:
+        """Tell of a checkpoint; without the recipe beside it nothing could read it."""
+        bus.emit(event)
+        if self._resolved and not self._folder.resolved.exists():
+            self._folder.path.mkdir(parents=True, exist_ok=True)
+            self._folder.write_resolved(self._resolved)
+            what = f"{self._folder.resolved} was gone, and is written again"
+            bus.emit(WarningRaised(message=what, hint="somebody deletes files of this run"))
 
     def _trainer(self, bus: EventBus) -> Trainer:
         assert self._saver is not None

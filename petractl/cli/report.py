@@ -16,7 +16,7 @@ from typing import ParamSpec
 
 import typer
 
-from petractl.errors import Problem, RecipeError, RunError, UserError, refusal
+from petractl.errors import Problem, RecipeError, RunError, UserError, lack_of_memory, refusal
 from petractl.tracking.masking import mask_credentials
 from petractl.tracking.terminal import harmless
 
@@ -55,6 +55,13 @@ def guarded(body: Callable[P, None]) -> Callable[P, None]:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             _write("error", words)
+            raise typer.Exit(EXIT_RUN_FAILED) from None
+        except (MemoryError, RuntimeError) as error:
+            words = lack_of_memory(error)
+            if not words:
+                raise
+            _write("error", f"out of memory: {words}")
+            _write("hint", "make the net, the images or data.batch_size smaller")
             raise typer.Exit(EXIT_RUN_FAILED) from None
 
     return command

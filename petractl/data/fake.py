@@ -5,6 +5,8 @@ strength, so that a net can learn it and a loss that does not fall means a bug. 
 seed.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,7 @@ from petractl.errors import DataError
 
 _GRID = 4
 _MIN_SAMPLES = 4
+_MAX_BYTES = 2**40
 
 
 @register_dataset
@@ -40,7 +43,20 @@ def fake(request: Request) -> Source:
         train_samples=request.fake_samples,
         val_samples=request.fake_samples // 4,
     )
+    _check_size(info)
     return Source(describe=lambda: info, load=lambda: _load(info, request))
+
+
+def _check_size(info: DataInfo) -> None:
+    count, shape = info.train_samples + info.val_samples, (info.channels, info.height, info.width)
+    size = count * math.prod(shape)
+    if size > _MAX_BYTES:
+        raise DataError(
+            f"{count:,} images of {' x '.join(map(str, shape))} are {size / 2**30:,.0f} GiB, "
+            f"more than the {_MAX_BYTES >> 30:,} that are made up",
+            where="data.fake_samples",
+            hint="set data.fake_samples, data.image_size or data.channels lower",
+        )
 
 
 def _load(info: DataInfo, request: Request) -> Data:
@@ -66,7 +82,8 @@ def _samples(info: DataInfo, seed: int, *, split: int, count: int) -> Samples:
 
 def _patterns(info: DataInfo, seed: int) -> NDArray[np.uint8]:
     """Return levels 0 ... 127 (classes, channels, grid, grid), the same for both splits."""
-    shape = (info.classes, info.channels, _GRID, _GRID)
+    # Higher classes have no images: sample i is of class i.
+    shape = (min(info.classes, info.train_samples), info.channels, _GRID, _GRID)
     words = random_words(stream_key(Purpose.FAKE_PATTERN, seed), np.arange(np.prod(shape)))
     return (words >> np.uint64(57)).astype(np.uint8).reshape(shape)
 

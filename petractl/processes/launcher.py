@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from petractl.errors import RunError
-from petractl.processes.output import LAUNCHER_LOG
+from petractl.processes.output import LAUNCHER_LOG, LogHandler
 from petractl.processes.report import LAUNCHER_VARIABLE
 from petractl.processes.safe_path import safe_path
 from petractl.processes.verdict import exit_code
@@ -124,7 +124,7 @@ def local_network() -> dict[str, str]:
 def _elastic_log(path: Path) -> Iterator[None]:
     """Keep what torch's launcher says out of the terminal: it goes to a file, made when needed."""
     logger = logging.getLogger(_ELASTIC_LOGGER)
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler = LogHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     before = logger.propagate
     logger.addHandler(handler)

@@ -16,7 +16,7 @@ LAUNCHER_LOG = "launcher.log"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class _LogHandler(logging.FileHandler):
+class LogHandler(logging.FileHandler):
     """Writes log records to a file; says in one line, once, that the disk has no room for them."""
 
     _told = False
@@ -55,7 +55,7 @@ def redirect_output(log_dir: Path, rank: int, title: str) -> Path:
     path = log_dir / log_name(title)
     if rank > 0 and is_child_of_petractl():
         _write_to(path)
-    handler = _LogHandler(path, encoding="utf-8")
+    handler = LogHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)

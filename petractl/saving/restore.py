@@ -21,9 +21,18 @@ from petractl.engine.messages import Activation
 from petractl.engine.stage import Counters
 from petractl.engine.tensor_tree import put_together
 from petractl.engine.trainer import TrainingState
-from petractl.errors import Problem, RunError, lack_of_memory
+from petractl.errors import Problem, RunError, UserError, lack_of_memory
 from petractl.optim import load_optimizer_state
-from petractl.saving.snapshot import AUXILIARY, BUFFER, GRADIENT, MODEL, OPTIMIZER, Photographer, part_name
+from petractl.saving.snapshot import (
+    AUXILIARY,
+    BUFFER,
+    GRADIENT,
+    MODEL,
+    OPTIMIZER,
+    ROWS,
+    Photographer,
+    part_name,
+)
 
 
 class Restorer:
@@ -61,8 +70,10 @@ class Restorer:
             ) from error
 
     def _restore(self) -> list[Problem]:
+        longer = self._check_length()
         self._built.network.load_state_dict(self._saved.tensors[MODEL])
         new, notes = self._restore_auxiliary()
+        notes += longer
         for stage in self._built.pipeline.stages:
             load_optimizer_state(
                 stage.updater.optimizer,
@@ -79,6 +90,25 @@ class Restorer:
         else:
             self._restore_in_flight()
         return notes
+
+    def _check_length(self) -> list[Problem]:
+        """Compare the epochs' length with that of before; returns what the user should know.
+
+        Raises:
+            UserError: it is another one, and the checkpoint lies within an epoch.
+        """
+        now, before = self._built.length.rows, self._saved.state.get(ROWS)
+        if before is None or before == now:
+            return []
+        what = f"an epoch has {now:,} microbatch{'es' if now > 1 else ''} with these data, and had {before:,}"
+        if self._saved.microbatches:
+            raise UserError(
+                f"{what}: it cannot go on in the middle of one",
+                where=str(self._saved.path),
+                hint="give the data that the run began with, or delete this checkpoint to go on from an "
+                "earlier one",
+            )
+        return [Problem("data", what, "the learning rate goes on by the number of updates made")]
 
     def _restore_auxiliary(self) -> tuple[tuple[str, ...], list[Problem]]:
         """Put the auxiliary nets back that are the same; return what the names of the others begin with."""

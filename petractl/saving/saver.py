@@ -20,7 +20,7 @@ from petractl.errors import RunError
 from petractl.events import CheckpointSaved
 from petractl.saving.identity import PipelineIdentity
 from petractl.saving.policy import CutPolicy, StopRequests
-from petractl.saving.snapshot import MODEL, Photographer, Snapshot, on_host
+from petractl.saving.snapshot import MODEL, ROWS, Photographer, Snapshot, on_host
 from petractl.saving.writer import BackgroundWriter
 
 _POLL_S = 0.02
@@ -58,6 +58,7 @@ class Saver:
     ) -> None:
         self._world = built.world
         self._stages = built.pipeline.stages
+        self._rows = built.length.rows
         self._processes = built.world.seat.num_places * built.world.seat.num_replicas
         self._keeping = keeping
         self._pipeline = pipeline
@@ -248,6 +249,7 @@ class Saver:
             "training": asdict(replace(state, is_drained=is_drained)),
             "optimizer_numbers": {name: n for part in parts for name, n in part["numbers"].items()},
             "pipeline": {**asdict(self._pipeline), "stages": stages},
+            ROWS: self._rows,
         }
         if not stages:
             # Every stage has done the same by the end of an epoch: named by none of them.

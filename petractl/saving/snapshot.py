@@ -21,6 +21,8 @@ from petractl.optim import Number, optimizer_state
 
 MODEL, OPTIMIZER, AUXILIARY = "model", "optimizer", "auxiliary"
 GRADIENT, BUFFER = "gradient/", "buffer/"
+ROWS = "rows"
+"""In a checkpoint's state: microbatches of an epoch, the most over all replicas."""
 
 
 def part_name(stage: int, replica: int) -> str:
@@ -200,4 +202,14 @@ def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("cpu") for name, tensor in tensors.items()}
 
 
-__all__ = ["AUXILIARY", "BUFFER", "GRADIENT", "MODEL", "OPTIMIZER", "PIPELINE", "Photographer", "Snapshot"]
+__all__ = [
+    "AUXILIARY",
+    "BUFFER",
+    "GRADIENT",
+    "MODEL",
+    "OPTIMIZER",
+    "PIPELINE",
+    "ROWS",
+    "Photographer",
+    "Snapshot",
+]

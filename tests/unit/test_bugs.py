@@ -8,6 +8,7 @@ import pytest
 from fuzz_calls import call, sets
 from fuzz_runs import finished_run
 
+from petractl.data import open_data
 from petractl.restarts import told_by_journal
 from petractl.run_folder import RunFolder
 
@@ -97,9 +98,35 @@ def test_a_size_past_all_use_is_told(key, value, most) -> None:
 @pytest.mark.parametrize("balance", ["memory", "time"])
 def test_a_net_past_all_memory_is_told(balance) -> None:
     """Sizes that are right one by one ended in a RuntimeError of the whole net."""
-    sizes = ("model.width=1000000", "data.batch_size=1000000000", "data.image_size=65536")
-    cut = ("partition.stages=3", f"partition.balance={balance}")
-    ended = call("validate", "digits_revnet18", *sets("data.name=fake", "engine.device=cpu", *sizes, *cut))
+    data = ("data.name=fake", "data.fake_samples=4", "data.image_size=65536", "data.batch_size=1000000000")
+    cut = ("partition.stages=3", f"partition.balance={balance}", "engine.device=cpu")
+    ended = call("validate", "digits_revnet18", *sets(*data, *cut, "model.width=1000000"))
     assert ended.code == 2
     assert "model: the net is too large: " in ended.err
     assert "hint: make model.width" in ended.err
+
+
+def test_a_net_past_the_memory_of_this_machine_ends_the_run_in_words(tmp_path) -> None:
+    """Ended in a RuntimeError of torch's allocator."""
+    here = f"run.directory={tmp_path}"
+    alone = ("engine.mode=in-process", "engine.device=cpu", "tracking.mlflow=false")
+    ended = call("run", "digits_revnet18", *sets(here, *alone, "model.width=1000000"))
+    assert ended.code == 1
+    assert "error: out of memory: " in ended.err
+    assert "can't allocate memory" in ended.err
+
+
+def test_fake_images_past_all_memory_are_told() -> None:
+    """Ended in a MemoryError of numpy, in `run`."""
+    large = ("data.name=fake", "data.fake_samples=1000000000", "data.image_size=65536")
+    ended = call("validate", "digits_revnet18", *sets(*large))
+    assert ended.code == 2
+    assert "data.fake_samples: 1,250,000,000 images of 3 x 65536 x 65536 are 15,000,000,000 GiB" in ended.err
+
+
+def test_fake_classes_without_images_cost_nothing() -> None:
+    """Ended in a MemoryError of numpy: every class had its pattern."""
+    sizes = {"fake_samples": 8, "image_size": 8}
+    few, many = (open_data("fake", train="", val="", seed=0, classes=n, **sizes) for n in (8, 10**9))
+    assert (few.train.images == many.train.images).all()
+    assert few.train.labels.tolist() == many.train.labels.tolist()

@@ -75,6 +75,9 @@ def is_running(pid: int) -> bool:
 def assert_nobody_is_left(folder: Path) -> None:
     pids = [int(file.read_text()) for file in [*folder.glob("ready-*"), *folder.glob("child-*")]]
     assert pids
+    end = time.monotonic() + 2.0  # what was killed gets a moment to go
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
     assert not [pid for pid in pids if is_running(pid)]
 
 

@@ -9,6 +9,7 @@ import torch
 from fuzz_calls import call
 
 from petractl import checkpoint, launch
+from petractl.errors import UserError
 from petractl.session import Session
 
 RECIPE = """
@@ -168,3 +169,44 @@ def test_the_model_of_a_checkpoint_in_mid_epoch_can_be_evaluated_and_exported(tm
     again = only(run, "epoch-0002-microbatch-000004", tmp_path / "again")
     for arguments in (["eval", str(again)], ["export", str(again), "--out", str(tmp_path / "w.safetensors")]):
         assert call(*arguments).code == 0
+
+
+def with_samples(run: Path, count: int) -> Path:
+    resolved = (run / "resolved.toml").read_text()
+    assert "fake_samples = 56" in resolved
+    (run / "resolved.toml").write_text(resolved.replace("fake_samples = 56", f"fake_samples = {count}"))
+    return run
+
+
+def test_an_epoch_does_not_go_on_with_data_of_another_length(tmp_path):
+    """It ended in an AssertionError with fewer samples, and lost some in silence with more."""
+    run = begin(tmp_path, ASYNCHRONOUS["petra"], "tight")
+    for count, rows in ((24, 3), (80, 10)):
+        again = with_samples(only(run, "epoch-0002-microbatch-000004", tmp_path / str(count)), count)
+        ended = call("resume", str(again))
+        assert ended.code == 2
+        assert f"an epoch has {rows} microbatches with these data, and had 7: it cannot go on" in ended.err
+    again = with_samples(only(run, "epoch-0001", tmp_path / "after"), 80)
+    ended = call("resume", str(again))
+    assert ended.code == 0
+    assert "data: an epoch has 10 microbatches with these data, and had 7" in ended.err
+
+
+def test_a_run_whose_recipe_was_deleted_gets_it_again(tmp_path, monkeypatch):
+    def save(self, *arguments, write=Session._note_saved):
+        self._folder.resolved.unlink(missing_ok=True)
+        write(self, *arguments)
+
+    monkeypatch.setattr(Session, "_note_saved", save)
+    run = begin(tmp_path, ASYNCHRONOUS["petra"], "tight")
+    assert "was gone, and is written again" in last(run, "warning_raised")["message"]
+    assert call("eval", str(run)).code == 0
+
+
+def test_a_folder_whose_name_is_not_text_is_refused(tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        RECIPE.format(method='name = "petra"', schedule="tight", optimizer="sgd", model="revnet18")
+    )
+    with pytest.raises(UserError, match="is not UTF-8"):
+        launch.run(str(tmp_path / "recipe.toml"), directory=tmp_path / "bad\udcff", overrides=[])
+    assert not (tmp_path / "bad\udcff").exists()
