@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from petractl import build
 from petractl.checkpoint import Checkpoint, checkpoint_paths, load_checkpoint, newest_checkpoint
 from petractl.engine.evaluation import evaluate as evaluate_network
-from petractl.errors import RunError, UserError
+from petractl.errors import Problem, RunError, UserError
 from petractl.models.weights import save_tensors
 from petractl.recipe.load import LoadedRecipe, load_recipe
 from petractl.run_folder import RunFolder, open_run_folder
@@ -17,15 +18,20 @@ from petractl.run_folder import RunFolder, open_run_folder
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
+Warn = Callable[[Problem], None]
+
+
+def evaluate(run: Path, *, best: bool, warn: Warn) -> dict[str, float | int]:
     """Return loss, top1, top5 (percent) and samples of the last (or best) checkpoint on the test data.
+
+    `warn` is told of newer checkpoints that are damaged.
 
     Raises:
         UserError: no such run, or no checkpoint yet.
         RunError: the checkpoint is damaged.
     """
     folder = open_run_folder(run)
-    saved = _checkpoint(folder, best=best)
+    saved = _checkpoint(folder, best=best, warn=warn)
     plan = build.check(_recipe(folder), starting_weights=False, test_only=True)
     torch.set_num_threads(build.num_threads(plan.recipe))
     network = build.build_network(plan)
@@ -37,8 +43,10 @@ def evaluate(run: Path, *, best: bool) -> dict[str, float | int]:
     return dataclasses.asdict(scores)
 
 
-def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
+def export(run: Path, *, out: Path, best: bool, warn: Warn) -> dict[str, str | int]:
     """Write the weights as safetensors named by unit; equal weights give equal bytes.
+
+    `warn` is told of newer checkpoints that are damaged.
 
     Raises:
         UserError: no such run, no checkpoint yet, or `out` cannot be written.
@@ -48,7 +56,7 @@ def export(run: Path, *, out: Path, best: bool) -> dict[str, str | int]:
         raise UserError(
             "this is a folder", where=str(out), hint=f"name a file, for example {out / 'weights.safetensors'}"
         )
-    saved = _checkpoint(open_run_folder(run), best=best)
+    saved = _checkpoint(open_run_folder(run), best=best, warn=warn)
     tensors = saved.tensors["model"]
     save_tensors(tensors, out)
     content = out.read_bytes()
@@ -81,7 +89,7 @@ def _recipe(folder: RunFolder) -> LoadedRecipe:
     return load_recipe(folder.resolved, overrides=["engine.device=cpu"])
 
 
-def _checkpoint(folder: RunFolder, *, best: bool) -> Checkpoint:
+def _checkpoint(folder: RunFolder, *, best: bool, warn: Warn) -> Checkpoint:
     newest, errors = newest_checkpoint(folder.checkpoints)
     if newest is None:
         if errors:
@@ -92,6 +100,8 @@ def _checkpoint(folder: RunFolder, *, best: bool) -> Checkpoint:
             hint=f"train it first: petractl resume {folder.path}",
         )
     if not best:
+        for error in errors:
+            warn(Problem(error.where, error.what, f"{newest.path.name} is taken instead"))
         return newest
     epoch = newest.state["training"]["best_epoch"]
     for path in checkpoint_paths(folder.checkpoints):

@@ -3,7 +3,7 @@
 import json
 
 from petractl.cli.options import BestOption, JsonOption, RunArgument
-from petractl.cli.report import write_out
+from petractl.cli.report import show_warning, write_out
 from petractl.cli.table import write_table
 
 
@@ -11,7 +11,7 @@ def command(run: RunArgument, best: BestOption = False, as_json: JsonOption = Fa
     """Evaluate a run's last (or best) checkpoint on its test data."""
     from petractl import results
 
-    result = results.evaluate(run, best=best)
+    result = results.evaluate(run, best=best, warn=show_warning)
     if as_json:
         write_out(json.dumps({key: result[key] for key in ("loss", "top1", "top5", "samples")}))
         return

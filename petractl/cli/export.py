@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from petractl.cli.options import BestOption, RunArgument
-from petractl.cli.report import write_out
+from petractl.cli.report import show_warning, write_out
 
 
 def command(
@@ -20,6 +20,6 @@ def command(
     """
     from petractl import results
 
-    result = results.export(run, out=out, best=best)
+    result = results.export(run, out=out, best=best, warn=show_warning)
     size = f"{result['tensors']:,} tensors, {result['parameters']:,} parameters, {result['bytes']:,} bytes"
     write_out(f"{result['path']}: {size}\nsha256 {result['sha256']}")

@@ -231,7 +231,7 @@ def test_run_and_resume_hand_on_what_they_are_given(launch) -> None:
 
 
 def test_eval_writes_a_table_or_json(results) -> None:
-    results.evaluate = lambda run, *, best: {
+    results.evaluate = lambda run, *, best, warn: {
         "loss": 0.25,
         "top1": 97.5,
         "top5": 100.0,
@@ -249,7 +249,7 @@ def test_eval_writes_a_table_or_json(results) -> None:
 
 def test_export_says_what_it_wrote(results) -> None:
     facts = {"path": "w.safetensors", "tensors": 60, "parameters": 1234, "bytes": 5678, "sha256": "ab12"}
-    results.export = lambda run, *, out, best: facts
+    results.export = lambda run, *, out, best, warn: facts
     result = call("export", "x", "--out", "w.safetensors")
     assert result.stdout == "w.safetensors: 60 tensors, 1,234 parameters, 5,678 bytes\nsha256 ab12\n"
 

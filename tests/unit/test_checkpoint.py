@@ -1,6 +1,7 @@
 """Checkpoints exist whole or not at all, and loading one runs nothing."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -181,3 +182,29 @@ def test_what_killed_processes_left_is_cleared_away_and_what_was_being_replaced_
     discard_unfinished(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001"]
     assert load_checkpoint(whole).epoch == 1
+
+
+def test_every_file_is_on_the_disk_before_the_name_that_makes_it_a_checkpoint(tmp_path, monkeypatch) -> None:
+    """A power cut may undo what was not synced: files, then what lists them, then the folder's new name."""
+    done: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def note_sync(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        sync(descriptor)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        done.append(f"rename to {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    save(tmp_path, 1)
+    assert done == [
+        "sync model.safetensors",
+        "sync optimizer.safetensors",
+        "sync manifest.json",
+        "sync .writing-epoch-0001",
+        "rename to epoch-0001",
+        f"sync {tmp_path.name}",
+    ]

@@ -104,6 +104,32 @@ def test_one_that_is_told_to_stop_stops(asked):
     assert len(list(answers)) == 3, "nobody asks after the stop"
 
 
+class OtherReplica(Alone):
+    """Of two replicas the first one, or the second; the other one is through, or has stopped."""
+
+    def __init__(self, *, is_first, other_stopped):
+        self._is_first, self._other_stopped = is_first, other_stopped
+
+    def gather(self, value):
+        return [value, (self._other_stopped, (0.0, 0, 0, 0))] if self._is_first else []
+
+    def share(self, value):
+        return value if self._is_first else self._other_stopped
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_replica_stops_with_the_other(is_first):
+    def run(*, other_stopped):
+        world = OtherReplica(is_first=is_first, other_stopped=other_stopped)
+        stages = [((None, None), [Rows()])]
+        return PipelinedEvaluation(stages, world=world, batches=batches(5), num_batches=1, placement=CPU)()
+
+    with pytest.raises(Stopped):
+        run(other_stopped=True)
+    if is_first:
+        assert run(other_stopped=False).samples == 5
+
+
 def test_fewer_than_five_classes():
     network = Network([nn.Sequential(nn.Flatten(), nn.Linear(192, 3))])
     assert evaluate(network, batches(4, classes=3), placement=CPU).top5 == 100.0

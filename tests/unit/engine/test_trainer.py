@@ -10,6 +10,7 @@ from petractl import build
 from petractl.data.encoded import BadSample
 from petractl.engine.evaluation import Scores
 from petractl.engine.trainer import Trainer, TrainingState
+from petractl.engine.world import Alone
 from petractl.errors import Stopped
 from petractl.events import EpochTrained, Evaluated, Event, SamplesSkipped, StepsDone, WarningRaised
 from petractl.recipe.load import load_recipe
@@ -91,11 +92,11 @@ def built(tmp_path_factory) -> build.Built:
     return build.build(build.check(load_recipe(str(path))))
 
 
-def events_of(built, loader, *, epochs, evaluate=None, saver=None) -> list[Event]:
+def events_of(built, loader, *, epochs, evaluate=None, saver=None, world=None) -> list[Event]:
     events: list[Event] = []
     trainer = Trainer(
         pipeline=built.pipeline,
-        world=built.world,
+        world=world or built.world,
         training_data=loader,
         length=built.length,
         evaluate=evaluate or built.evaluate,
@@ -165,6 +166,17 @@ def test_a_stop_after_training_or_in_evaluation_is_saved_as_trained(built, asked
     (state,) = saver.trained
     assert (state.epochs_done, state.microbatches_done, state.is_drained) == (1, 4, True)
     assert [is_last for *_, is_last in saver.epochs] == [False]
+
+
+def test_a_process_stops_where_the_first_one_does(built):
+    class Second(Alone):
+        def share(self, value):
+            return (True, False)
+
+    saver = Saver()
+    with pytest.raises(Stopped):
+        events_of(built, Loader(built.training_data, wait_s=0.0), epochs=3, saver=saver, world=Second())
+    assert [state.microbatches_done for state in saver.trained] == [4]
 
 
 def test_samples_left_out_are_told_after_the_epoch_and_after_its_evaluation(built):

@@ -210,3 +210,13 @@ def test_a_folder_whose_name_is_not_text_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not UTF-8"):
         launch.run(str(tmp_path / "recipe.toml"), directory=tmp_path / "bad\udcff", overrides=[])
     assert not (tmp_path / "bad\udcff").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_what_stands_in_for_a_damaged_checkpoint_is_told(tmp_path, command):
+    run = begin(tmp_path, ASYNCHRONOUS["petra"], "tight")
+    (run / "checkpoints" / "epoch-0002" / "model.safetensors").write_bytes(b"")
+    ended = call(command, str(run), *(["--out", str(tmp_path / "w")] if command == "export" else []))
+    assert ended.code == 0
+    assert "model.safetensors is not what the manifest says" in ended.err
+    assert "hint: epoch-0002-microbatch-000007 is taken instead" in ended.err
