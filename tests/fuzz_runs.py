@@ -15,6 +15,7 @@ from fuzz_calls import call, sets
 from fuzz_mutations import WILD_VALUES, damaged, injure_file
 from hypothesis import strategies as st
 
+from petractl.checkpoint import checkpoint_paths
 from petractl.events import StageCounted, StageMeasured, as_record
 
 EPOCHS = 3
@@ -31,6 +32,7 @@ TINY = (
     "training.warmup_epochs=0",
     "tracking.mlflow=false",
 )
+OF_TWO_PROCESSES = ("engine.mode=processes", "engine.threads=1", "partition.stages=2")
 # What a damaged resolved.toml might otherwise make large: the call itself would still be right.
 PINNED = ("data.workers=0", "engine.mode=in-process", "engine.threads=1", "tracking.mlflow=false")
 
@@ -49,6 +51,20 @@ class Template:
         shutil.copytree(self.folder, place, symlinks=True)
         return place
 
+    def intact(self, copy: Path) -> list[str]:
+        """Return the checkpoints of a copy that are as they were, oldest first."""
+        return [p.name for p in self.checkpoints() if _content(p) == _content(copy / "checkpoints" / p.name)]
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, oldest first."""
+        return checkpoint_paths(self.folder / "checkpoints")
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    if folder.is_symlink() or not folder.is_dir():
+        return {}
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
+
 
 def train(folder: Path, *overrides: str) -> Path:
     """Train a small run."""
@@ -66,10 +82,11 @@ def _place() -> Path:
 
 
 @cache
-def killed_run() -> Template:
+def killed_run(*overrides: str) -> Template:
     """Train the run that is damaged; once per process of the tests."""
     place = _place()
-    folder = train(place / "run", "run.checkpoint_every=2 updates", "data.fake_samples=24")
+    every = ("run.checkpoint_every=2 updates", "data.fake_samples=24")
+    folder = train(place / "run", *every, *overrides)
     final = exported(folder)
     checkpoints = folder / "checkpoints"
     shutil.rmtree(checkpoints / f"epoch-{EPOCHS:04d}")

@@ -15,7 +15,18 @@ import pytest
 from fuzz_calls import call, sets
 from fuzz_mutations import WILD_TEXT, damaged
 from fuzz_recipes import overrides, recipes
-from fuzz_runs import PINNED, TINY, damaged_journals, exported, finished_run, injure_run, killed_run, train
+from fuzz_runs import (
+    OF_TWO_PROCESSES,
+    PINNED,
+    TINY,
+    Template,
+    damaged_journals,
+    exported,
+    finished_run,
+    injure_run,
+    killed_run,
+    train,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -116,8 +127,8 @@ def check_journal(data: st.DataObject) -> None:
 
 
 def check_checkpoints(data: st.DataObject) -> None:
-    """Damaged checkpoints give the bits that they were saved with, or none."""
-    template = killed_run()
+    """Damaged checkpoints give the bits that were saved, or none; a run goes on from one that is whole."""
+    template = killed_run(*(OF_TWO_PROCESSES if data.draw(st.booleans()) else ()))
     run = template.copy(fresh("run"))
     injure_run(data.draw, run, only="checkpoints/")
     best = ["--best"] if data.draw(st.booleans()) else []
@@ -125,7 +136,21 @@ def check_checkpoints(data: st.DataObject) -> None:
     out = fresh("run.safetensors")
     if call("export", "run", "--out", str(out), *best).code == 0:
         assert exported(run) in template.weights
-    if data.draw(st.integers(0, 2)) == 0 and call("resume", "run").code == 0:
+    if data.draw(st.integers(0, 2)) == 0:
+        check_resumed(template, run)
+
+
+def check_resumed(template: Template, run: Path) -> None:
+    """The newest whole checkpoint is gone on from, and each newer one is named."""
+    intact = template.intact(run)
+    names = [path.name for path in template.checkpoints()]
+    newer = names[names.index(intact[-1]) + 1 :] if intact else []
+    damaged = [name for name in newer if (run / "checkpoints" / name).is_dir()]
+    ended = call("resume", "run", *sets(*PINNED))
+    if intact and "leads out of the run folder" not in ended.err:
+        assert ended.code == 0, ended.err
+        assert [name for name in damaged if name not in ended.err] == []
+    if ended.code == 0:
         assert exported(run) == template.final
 
 
