@@ -46,8 +46,8 @@ class Interrupts:
         self.leaving = False
         """The run has stopped and is being saved: one more signal says nothing new.
 
-        It is this process's own, where another one or a file has told of the stop; or it comes from who
-        started the processes, and sees the first of them end.
+        It is this process's own, where another one or a file has told of the stop; or it comes from
+        torchrun, which sees the first process end.
         """
         self._answered = False
         self._deadline_s: float | None = None

@@ -28,7 +28,7 @@ from petractl.engine.numbers import Numbers
 from petractl.engine.process_pipeline import ProcessPipeline
 from petractl.engine.sentinel import NonFinite, Place
 from petractl.engine.trainer import Outcome, Trainer, TrainingState, stretch_of
-from petractl.engine.world import World
+from petractl.engine.world import Launch, World
 from petractl.errors import OutOfMemory, PeerLost, Problem, RunError, Stopped, lack_of_memory
 from petractl.estimator import LOCAL
 from petractl.events import (
@@ -86,6 +86,11 @@ def state_of(saved: checkpoint.Checkpoint | None) -> TrainingState:
     fields = dict(saved.state["training"])
     scores = fields.pop("scores")
     return TrainingState(**fields, scores=Scores(**scores) if scores else None)
+
+
+def _is_on_one_machine() -> bool:
+    launch = Launch.from_environment()
+    return launch is None or launch.world_size == launch.local_world_size
 
 
 class Session:
@@ -192,9 +197,10 @@ class Session:
         try:
             return trainer.run(state)
         except Stopped:
-            # Somebody else may have said so; then the signal to this process is still to come.
-            is_one_of_several = isinstance(self._built.world, World)
-            self._interrupts.leaving = is_one_of_several or not self._interrupts.requested
+            # Somebody else may have said so; then the signal to this process is still to come. And torchrun
+            # tells all others to stop as soon as one has ended.
+            is_torchruns = isinstance(self._built.world, World) and not is_child_of_petractl()
+            self._interrupts.leaving = is_torchruns or not self._interrupts.requested
             raise
 
     def _first_not_finite(self, error: NonFinite) -> NonFinite:
@@ -230,8 +236,9 @@ class Session:
             return
         with contextlib.suppress(KeyboardInterrupt), self._interrupts.limited(self._recipe.run.stop_deadline):
             self._saver.part_stopped()
-            # torchrun takes an end with 130 for a failure, and starts all again.
-            if self._built.world.seat.rank == 0:
+            # torchrun takes an end with 130 for a failure, and starts all again: right where only another
+            # machine goes, for which it may wait for one in its place.
+            if self._built.world.seat.rank == 0 and (self._saver.stop_is_own or _is_on_one_machine()):
                 event = self._interrupted_event()
                 self._built.world.tell_later_starts(STOPPED_KEY, f"{event.cause}\n{event.resume_command}")
 

@@ -249,7 +249,7 @@ class World:
         assert work is not None, "called at a first place"
 
         def agreed() -> int:
-            with _named_errors(self.me):
+            with _named_errors(self.me, when="in an update"):
                 work.wait()
             return int(box)
 
@@ -282,9 +282,10 @@ class World:
 class _named_errors:  # noqa: N801 (a context manager)
     """Turn a broken connection, or a silent one, into the error that says so."""
 
-    def __init__(self, me: Place, starting: bool = False) -> None:
+    def __init__(self, me: Place, starting: bool = False, when: str = "between two epochs") -> None:
         self._me = me
         self._starting = starting
+        self._when = when
         self._started = time.monotonic()
 
     def __enter__(self) -> None:
@@ -295,7 +296,7 @@ class _named_errors:  # noqa: N801 (a context manager)
             return
         if "timed out" in str(error).lower():
             waited = time.monotonic() - self._started
-            when = "to start" if self._starting else "between two epochs"
+            when = "to start" if self._starting else self._when
             limit = "" if self._starting else "engine.stall_timeout is the limit; "
             raise Stalled(
                 f"{self._me} has waited {waited:.0f} s for the other processes {when}",

@@ -48,6 +48,8 @@ _SIGNALS_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _GRACE_OF_RANK_0_S = 5.0
 _GRACE_S = 2.0
 _GRACE_AFTER_USER_ERROR_S = 0.5
+# From the first that ended because it was told to stop: rank 0 may wait 10 s for MLflow after all have saved.
+_GRACE_TO_LEAVE_S = 12.0
 _STACKS_BEFORE_STOP_S = 0.3
 _STOP_TO_KILL_S = 4.0
 _KILL_TO_GIVING_UP_S = 10.0
@@ -114,6 +116,7 @@ class _Agent(LocalElasticAgent):
         self._forwarded = 0
         self._asked_for_stacks: set[int] = set()
         self._failed_at: float | None = None
+        self._left_at: float | None = None
         self._grace_s = _GRACE_S
         self._kill_at: dict[int, float] = {}
         self._killed_at: dict[int, float] = {}
@@ -131,6 +134,7 @@ class _Agent(LocalElasticAgent):
             return result
         self._forward_signals(now)
         self._stop_after_failure(now)
+        self._stop_after_leaving(now)
         self._kill_who_stays(now)
         return RunResult(state=WorkerState.HEALTHY)
 
@@ -153,8 +157,8 @@ class _Agent(LocalElasticAgent):
             self._ended[rank] = (code, now)
             # What it started must not outlive it; it leads a group of its own.
             _send(process.pid, signal.SIGKILL, to_group=True)
-            if code == EXIT_INTERRUPTED and rank not in self._stopped:
-                self._stop_all(now, shutdown_s=self._shutdown_s)
+            if code == EXIT_INTERRUPTED:
+                self._left_at = now if self._left_at is None else self._left_at
             elif code != 0 and self._failed_at is None:
                 report = read_report(self._files.error_file(rank))
                 is_user_error = report is not None and report.kind == "user"
@@ -181,6 +185,11 @@ class _Agent(LocalElasticAgent):
                 self._ask_for_stacks(rank)
             if waited_s >= grace_s + _STACKS_BEFORE_STOP_S:
                 self._stop(rank, now, kill_after_s=min(self._shutdown_s, _STOP_TO_KILL_S))
+
+    def _stop_after_leaving(self, now: float) -> None:
+        """Stop who has not ended by itself, as those do whom another one has told of its own stop."""
+        if self._left_at is not None and now - self._left_at >= _GRACE_TO_LEAVE_S:
+            self._stop_all(now, shutdown_s=self._shutdown_s)
 
     def _ask_for_stacks(self, rank: int) -> None:
         # Who has not got as far as to write stacks would die of the question.

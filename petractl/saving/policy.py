@@ -59,6 +59,8 @@ class StopRequests:
         self._is_told = False
         self.cause = ""
         """What asks for the stop, in words; "" while nothing does."""
+        self.is_own = False
+        """It was a signal or a notice here, and not another process that told of its own."""
 
     def look(self) -> bool:
         """Return whether the run is to stop; who learns of it tells the others."""
@@ -69,7 +71,14 @@ class StopRequests:
             self._board.tell(_STOP_KEY, self.cause)
         return bool(self.cause)
 
+    def look_again(self) -> str:
+        """Return what asks for the stop, in words, however short a time ago the last look was."""
+        self._looked_at = float("-inf")
+        self.look()
+        return self.cause
+
     def _cause(self) -> str:
+        self.is_own = True
         signalled = self._signalled()
         if signalled:
             return signalled
@@ -79,6 +88,7 @@ class StopRequests:
         self._looked_at = now
         if _signature(self._notice) not in (None, self._notice_at_start):
             return f"the notice {self._notice}"
+        self.is_own = False
         return self._board.ask(_STOP_KEY) or ""
 
 

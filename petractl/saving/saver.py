@@ -143,8 +143,12 @@ class Saver:
     @property
     def stop_cause(self) -> str:
         """What asked for the stop, in words; "" where nothing did."""
-        self._stops.look()
-        return self._stops.cause
+        return self._stops.look_again()
+
+    @property
+    def stop_is_own(self) -> bool:
+        """Tell whether that came to this process, and not to another one."""
+        return self._stops.is_own
 
     def finish(self) -> None:
         """Wait until what was handed over is written, on rank 0 also by the others, and committed.

@@ -307,15 +307,25 @@ def test_the_third_signal_ends_it_at_once(tmp_path: Path) -> None:
     process.communicate()
 
 
-def test_a_worker_that_alone_is_told_to_stop_ends_the_run_in_order(tmp_path: Path) -> None:
+def test_a_worker_that_alone_is_told_to_stop_ends_the_run_in_order(tmp_path: Path, monkeypatch) -> None:
+    """The others are told by it; who has not been, and does not end, is stopped after a while."""
+    monkeypatch.setattr("petractl.processes.agent._GRACE_TO_LEAVE_S", 2.0)
     body = """
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(100)
+    try:
+        time.sleep(1.0 if rank == 0 else 100)
+        say(f"by-itself-{rank}")
+        sys.exit(130)
+    except KeyboardInterrupt:
+        say(f"stopped-{rank}")
+        raise
     """
     started = time.monotonic()
     assert launch(tmp_path, body) == 130
     assert time.monotonic() - started < 10
+    assert sorted(path.name for path in tmp_path.glob("by-itself-*")) == ["by-itself-0"]
+    assert sorted(path.name for path in tmp_path.glob("stopped-*")) == ["stopped-2"]
     assert_nobody_is_left(tmp_path)
 
 

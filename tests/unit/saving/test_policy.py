@@ -145,6 +145,16 @@ def test_a_notice_that_was_there_before_is_an_old_one_until_it_changes(tmp_path)
     assert p.decide(2) == SAVE | STOP
 
 
+def test_the_cause_is_known_once_the_run_has_stopped():
+    """Replicas agree on a stop faster than they look for what another one has told."""
+    board = Board()
+    one, other = stops(board, Clock()), stops(board, Clock(), signalled=lambda: "SIGTERM")
+    assert not one.look()
+    other.look()
+    assert not one.look()
+    assert one.look_again() == "SIGTERM"
+
+
 def test_a_process_tells_the_others_of_its_signal():
     board, clock = Board(), Clock()
     one = stops(board, clock)
@@ -154,6 +164,8 @@ def test_a_process_tells_the_others_of_its_signal():
     clock.now += 1.0
     assert one.look()
     assert one.cause == "SIGTERM"
+    assert other.is_own
+    assert not one.is_own
 
 
 def lists(replicas_policies, until=ROWS):
