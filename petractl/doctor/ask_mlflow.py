@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-_LONGEST = 300
+from petractl.tracking.mlflow_worker import reason
 
 
 def asked(uri: str) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def asked(uri: str) -> dict[str, Any]:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except Exception as raised:
-        error = (" ".join(str(raised).split()) or type(raised).__name__)[:_LONGEST]
+        error = reason(raised)
     return {"error": error, "seconds": time.perf_counter() - started, "version": mlflow.__version__}
 
 

@@ -61,7 +61,7 @@ def test_a_server_that_is_down_is_a_warning(tmp_path: Path) -> None:
         check = tracking.check_tracking(uri, directory=tmp_path)
     assert check.status is Status.WARNING
     assert "petractl sync" in check.hint
-    assert f"***@127.0.0.1:{port}" in check.what
+    assert check.what == f"http://***@127.0.0.1:{port}: nothing listens there (connection refused)"
     assert SECRET not in check.what
 
 
