@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+from petractl.one_thread import compute_alone
+
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -27,7 +29,7 @@ def prepared(jobs: Iterable[J], prepare: Callable[[J], R], *, workers: int) -> G
         yield from map(prepare, jobs)
         return
     queue = iter(jobs)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="petractl-data")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="petractl-data", initializer=compute_alone)
     try:
         first = islice(queue, workers * JOBS_PER_WORKER)
         pending: deque[Future[R]] = deque(pool.submit(prepare, job) for job in first)

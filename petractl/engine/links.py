@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 from petractl.engine.carriers import Carrier, Parcel
 from petractl.engine.messages import Activation, Gradient
 from petractl.errors import PeerLost, RunError, Stalled
+from petractl.one_thread import compute_alone
 
 M = TypeVar("M", Activation, Gradient)
 
@@ -210,6 +211,10 @@ def reason_of(error: BaseException) -> str:
 
 def _start(target: Any, name: str) -> threading.Thread:
     # A daemon: a thread that waits for a dead neighbour must not keep the process.
-    thread = threading.Thread(target=target, name=name, daemon=True)
+    def run() -> None:
+        compute_alone()
+        target()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread

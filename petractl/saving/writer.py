@@ -8,6 +8,8 @@ wrong is raised in the training thread, at its next call.
 import threading
 from collections.abc import Callable
 
+from petractl.one_thread import compute_alone
+
 _POLL_S = 0.2
 
 
@@ -58,6 +60,7 @@ class BackgroundWriter:
         self.check()
 
     def _run(self) -> None:
+        compute_alone()
         while True:
             with self._changed:
                 while self._job is None:

@@ -16,6 +16,7 @@ LAYERS = (
     "errors",
     "events",
     "estimator",
+    "one_thread",
     "recipe",
     "models",
     "data",
