@@ -18,10 +18,18 @@ _SAME_S = 1.0
 """Signals this near to each other are one: a terminal and a launcher may both pass it on."""
 
 
-def obey_sigterm() -> None:
-    """Have SIGTERM interrupt as Ctrl-C does: from a command's first line, before anything is imported."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+@contextmanager
+def sigterm_obeyed() -> Iterator[None]:
+    """Within the block SIGTERM interrupts as Ctrl-C does: from a command's first line, before its imports."""
+    before = signal.getsignal(signal.SIGTERM)
+    is_ours = before == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if is_ours:
         signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

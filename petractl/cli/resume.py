@@ -3,7 +3,7 @@
 import typer
 
 from petractl.cli.options import RunArgument, SetOption
-from petractl.interrupts import obey_sigterm
+from petractl.interrupts import sigterm_obeyed
 
 
 def command(run: RunArgument, overrides: SetOption = None) -> None:
@@ -14,9 +14,9 @@ def command(run: RunArgument, overrides: SetOption = None) -> None:
     schedule, devices and threads, epochs, checkpoints, tracking. So a run of several processes goes on in one
     (--set engine.mode=in-process), or in another number of them (--set partition.stages=4).
     """
-    obey_sigterm()
-    from petractl import launch
+    with sigterm_obeyed():
+        from petractl import launch
 
-    code = launch.resume(run, overrides=overrides or [])
+        code = launch.resume(run, overrides=overrides or [])
     if code:
         raise typer.Exit(code)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from petractl.cli.options import RecipeArgument, SetOption
-from petractl.interrupts import obey_sigterm
+from petractl.interrupts import sigterm_obeyed
 
 
 class Resume(StrEnum):
@@ -48,10 +48,12 @@ def command(
     Progress goes to stderr; everything about the run lies in its folder: recipe, journal, checkpoints, plots.
     Interrupted with Ctrl-C, it saves, ends with exit code 130 and says how to go on.
     """
-    obey_sigterm()
-    from petractl import launch
+    with sigterm_obeyed():
+        from petractl import launch
 
-    goes_on = resume is Resume.AUTO
-    code = launch.run(recipe, directory=directory, overrides=overrides or [], trace=trace, goes_on=goes_on)
+        goes_on = resume is Resume.AUTO
+        code = launch.run(
+            recipe, directory=directory, overrides=overrides or [], trace=trace, goes_on=goes_on
+        )
     if code:
         raise typer.Exit(code)

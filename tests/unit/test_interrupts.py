@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from petractl.interrupts import Interrupts, obey_sigterm
+from petractl.interrupts import Interrupts, sigterm_obeyed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -18,12 +18,12 @@ def test_a_signal_interrupts(number: int) -> None:
 def test_sigterm_interrupts_from_the_first_line() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        obey_sigterm()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), sigterm_obeyed():
             os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        obey_sigterm()
-        os.kill(os.getpid(), signal.SIGTERM)
+        with sigterm_obeyed():
+            os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
 
