@@ -58,6 +58,7 @@ class Photographer:
             names |= dict(built.auxiliary.named_parameters())
         self._name_of = {id(p): name for name, p in names.items()}
         self._trained = frozenset(names)
+        self._stays = True
 
     def named_parameters(self, stage: StageRecord) -> list[tuple[str, nn.Parameter]]:
         """Return what a stage trains, by name."""
@@ -75,6 +76,7 @@ class Photographer:
         sentinel = getattr(stage, "sentinel", None)
         if sentinel is not None:
             sentinel.settle()  # what is not finite is not saved
+        self._stays = self._has_room(self._built.placement.device)
         replica = self._built.world.seat.replica
         own: dict[str, Tensor] = {}
         description: dict[str, Any] = {}
@@ -101,11 +103,12 @@ class Photographer:
         return groups, numbers
 
     def _copies(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stays = self._built.placement.device.type != "cuda" or self._has_room(self._built.placement.device)
-        return {name: copy_of(tensor, stays=stays) for name, tensor in tensors.items()}
+        return {name: copy_of(tensor, stays=self._stays) for name, tensor in tensors.items()}
 
     def _has_room(self, device: torch.device) -> bool:
         """Tell whether a GPU has room for copies of all stages here beside what training takes at most."""
+        if device.type != "cuda":
+            return True
         left = memory_left(device)
         trained = [p for stage in self._built.pipeline.stages for _, p in self.named_parameters(stage)]
         optimizers = [stage.updater.optimizer for stage in self._built.pipeline.stages]
